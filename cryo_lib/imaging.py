@@ -1,0 +1,320 @@
+"""The forward model, Eq. (1): atoms -> density, poses, projections, noise at a signal-to-noise ratio.
+
+RELION's conventions. Volumes are `(z, y, x)`, images `(n, y, x)`; the centre is index `n // 2`, but RELION centres
+images of odd side on pixel `(n + 1) // 2`, and so do we. A rotation takes image axes to volume axes: with
+`R = rotation_from_euler(rot, tilt, psi)` an atom at `r` (x, y, z) is seen at `R.T @ r`, and the image is the integral
+along its z.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import finufft
+import gemmi
+import numpy as np
+import scipy.fft
+from scipy.spatial.transform import Rotation
+
+from cryo_lib import checks
+
+TOLERANCE = 3e-5  # relative error of the Fourier slices
+PROTOCOLS = ("awgn", "clipped")
+
+
+def density(structure: gemmi.Structure, n: int, pixel_size: float, resolution: float) -> np.ndarray:
+    """Return the electrostatic density of a structure, protein bright.
+
+    Electron form factors (gemmi's `DensityCalculatorE`). The atoms' own B factors are replaced by
+    8 pi^2 (0.225 resolution)^2, the Gaussian of that resolution; occupancies count.
+
+    Parameters
+    ----------
+    structure : one model, coordinates in A; the origin falls on voxel `n // 2` along each axis. Left as it is.
+    n : box side in voxels.
+    pixel_size : A per voxel.
+    resolution : in A, at least two voxels.
+
+    Returns
+    -------
+    `(n, n, n)` float32, `[z, y, x]`; its sum times `pixel_size**3` is the sum of the form factors at zero angle.
+
+    Raises
+    ------
+    TypeError, ValueError : bad numbers; not one model, no atoms, an unknown element or a coordinate that is not
+        finite; atoms that reach within half the resolution of the faces of the box, or beyond.
+    """
+    n = checks.integer("n", n, low=4)
+    pixel_size = checks.number("pixel_size", pixel_size, above=0)
+    resolution = checks.number("resolution", resolution, low=2 * pixel_size)
+    if len(structure) != 1:
+        raise ValueError(f"structure {structure.name!r}: expected one model, got {len(structure)}; keep one of them")
+    model = structure[0].clone()
+    atoms = [site.atom for site in model.all()]
+    if not atoms:
+        raise ValueError(f"structure {structure.name!r}: expected atoms, got none; check the chains that were chosen")
+    unknown = next((atom for atom in atoms if atom.element.name == "X"), None)
+    if unknown is not None:
+        raise ValueError(
+            f"structure {structure.name!r}: atom {unknown.name!r} (serial {unknown.serial}) has no known element; "
+            "set or remove it"
+        )
+    positions = np.array([atom.pos.tolist() for atom in atoms])
+    _check_box(structure.name, positions, n, pixel_size, margin=resolution / 2)
+
+    for atom, position in zip(atoms, positions + n // 2 * pixel_size):
+        atom.pos = gemmi.Position(*position)
+        atom.b_iso = 8 * np.pi**2 * (0.225 * resolution) ** 2
+        atom.aniso = gemmi.SMat33f(0, 0, 0, 0, 0, 0)
+    calculator = gemmi.DensityCalculatorE()
+    side = n * pixel_size
+    calculator.grid.set_unit_cell(gemmi.UnitCell(side, side, side, 90, 90, 90))
+    calculator.grid.set_size(n, n, n)
+    calculator.add_model_density_to_grid(model)
+    return np.ascontiguousarray(calculator.grid.array.transpose(2, 1, 0), dtype=np.float32)
+
+
+def _check_box(name: str, positions: np.ndarray, n: int, pixel_size: float, margin: float) -> None:
+    if not np.isfinite(positions).all():
+        raise ValueError(f"structure {name!r}: expected finite coordinates, got NaN or infinity; remove these atoms")
+    low, high = positions.min(axis=0) - margin, positions.max(axis=0) + margin
+    half = (n - 1) // 2  # voxels above the centre, the shorter side of an even box
+    reach = max(high.max(), -low.min())
+    if reach > half * pixel_size:
+        extent = ", ".join(f"{axis} {a:.1f} to {b:.1f}" for axis, a, b in zip("xyz", low, high))
+        box = 2 * int(np.ceil(reach / pixel_size)) + 2
+        larger = np.ceil(1000 * reach / half) / 1000
+        raise ValueError(
+            f"structure {name!r}: its density spans {extent} A, so the box must reach {reach:.1f} A from the origin; "
+            f"{n} voxels of {pixel_size:g} A reach {half * pixel_size:.1f} A; use n >= {box} or "
+            f"pixel_size >= {larger:.3f} A, or centre the structure"
+        )
+
+
+def random_rotations(n: int, seed: Any) -> np.ndarray:
+    """Return `(n, 3, 3)` float64 rotations, uniform on SO(3); `seed` as numpy's `default_rng` takes it."""
+    return Rotation.random(checks.integer("n", n, low=1), rng=np.random.default_rng(seed)).as_matrix()
+
+
+def rotation_from_euler(rot: Any, tilt: Any, psi: Any) -> np.ndarray:
+    """Return the `(n, 3, 3)` rotations, image axes to volume axes, of RELION's angles.
+
+    Parameters
+    ----------
+    rot, tilt, psi : rlnAngleRot, rlnAngleTilt, rlnAnglePsi in degrees, each `(n,)` or a scalar.
+
+    Raises
+    ------
+    ValueError : shapes that do not go together, or angles that are not finite.
+
+    Source: RELION's ZYZ convention (Heymann, Chagoyen & Belnap 2005), whose own matrix is the transpose of ours.
+    """
+    shapes = [np.shape(angle) for angle in (rot, tilt, psi)]
+    lengths = {shape[0] for shape in shapes if shape}
+    if any(len(shape) > 1 for shape in shapes) or len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"rot, tilt, psi: expected scalars or (n,) arrays of one length n >= 1, got shapes {shapes}")
+    angles = np.stack(np.broadcast_arrays(*(np.atleast_1d(angle) for angle in (rot, tilt, psi))), axis=-1)
+    if not np.isfinite(angles).all():
+        raise ValueError("rot, tilt, psi: expected finite angles, got NaN or infinity; remove these particles")
+    return Rotation.from_euler("ZYZ", angles, degrees=True).as_matrix()
+
+
+def euler_from_rotation(rotations: Any) -> np.ndarray:
+    """Return RELION's `(n, 3)` rot, tilt, psi in degrees, tilt in [0, 180], of `(n, 3, 3)` rotations.
+
+    At tilt 0 and 180 only rot + psi or rot - psi is defined: one of the two is then 0.
+    """
+    return Rotation.from_matrix(_as_rotations(rotations)).as_euler("ZYZ", degrees=True, suppress_warnings=True)
+
+
+def _as_rotations(rotations: Any) -> np.ndarray:
+    rotations = checks.as_images("rotations", rotations, np.float64)
+    if rotations.shape[1:] != (3, 3):
+        raise ValueError(
+            f"rotations: expected shape (n, 3, 3), got {rotations.shape}; angles go through rotation_from_euler"
+        )
+    proper = np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2)) < 1e-4
+    proper &= np.linalg.det(rotations) > 0
+    if not proper.all():
+        raise ValueError(
+            f"rotations: expected orthonormal matrices of determinant +1, got {int((~proper).sum())} that are not, "
+            f"the first is rotation {int(np.argmin(proper))}"
+        )
+    return rotations
+
+
+def _as_volume(volume: Any) -> np.ndarray:
+    volume = checks.as_images("volume", volume)  # as the stack of its z sections
+    if len(set(volume.shape)) != 1:
+        raise ValueError(f"volume: expected a cube (n, n, n), got {volume.shape}; pad or crop it")
+    return volume
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def project(
+    volume: Any, rotations: Any, shifts: Any = None, *, batch: int = 128, threads: int | None = None
+) -> np.ndarray:
+    """Return the projections of a volume: line integrals in voxels, by the Fourier slice theorem.
+
+    The slices are computed from the voxels by a non-uniform FFT (exact to about `TOLERANCE`), on a grid so fine that
+    density outside the image is cut off and does not wrap round to its other side.
+
+    Parameters
+    ----------
+    volume : `(n, n, n)`, `[z, y, x]`.
+    rotations : `(m, 3, 3)`, image axes to volume axes.
+    shifts : `(m, 2)` in pixels or None: image i moves by (dx, dy) = -(rlnOriginXAngst, rlnOriginYAngst) / pixel size.
+    batch : projections that a thread makes at a time; bounds the memory.
+    threads : None for all cores this process may use. Neither `batch` nor `threads` changes a bit of the result.
+
+    Returns
+    -------
+    `(m, n, n)` float32.
+
+    Raises
+    ------
+    TypeError, ValueError : not a finite cube, not rotations, not one finite shift a rotation, bad `batch` or `threads`.
+
+    Source: Barnett, Magland & af Klinteberg (2019), FINUFFT, SIAM J. Sci. Comput. 41, C479.
+    """
+    volume, rotations = _as_volume(volume), _as_rotations(rotations)
+    batch = checks.integer("batch", batch, low=1)
+    threads = checks.integer("threads", _cores() if threads is None else threads, low=1)
+    n = len(volume)
+    shifts = np.zeros((len(rotations), 2)) if shifts is None else np.asarray(shifts, dtype=np.float64)
+    if shifts.shape != (len(rotations), 2) or not np.isfinite(shifts).all():
+        raise ValueError(f"shifts: expected finite pixels of shape ({len(rotations)}, 2), got shape {shifts.shape}")
+
+    # Fourier grid: odd, hence without a Nyquist frequency; as fine as the farthest voxel, seen from any side, asks for.
+    axis = (np.arange(n) - n // 2) ** 2
+    farthest = np.sqrt((axis[:, None, None] + axis[:, None] + axis).max(where=volume != 0, initial=0))
+    centre = (n + 1) // 2
+    size = max(n, int(np.ceil(centre + farthest + np.abs(shifts).max()))) | 1
+    ky, kx = 2 * np.pi * scipy.fft.fftfreq(size), 2 * np.pi * scipy.fft.rfftfreq(size)
+    plane = np.stack([np.tile(kx, size), np.repeat(ky, len(kx))])
+    move_x, move_y = (np.exp(-1j * k * (centre + shift[:, None])) for k, shift in zip((kx, ky), shifts.T))
+
+    volume = volume.astype(np.complex64, order="C")
+    images = np.empty((len(rotations), n, n), np.float32)
+
+    def fill(part: slice) -> None:
+        x, y, z = points = (rotations[part, :, :2].transpose(1, 0, 2) @ plane).astype(np.float32)
+        inside = (np.abs(points) < np.pi).all(axis=0)  # beyond lie aliases of the sampled volume
+        slices = np.zeros(inside.shape, np.complex64)
+        slices[inside] = finufft.nufft3d2(
+            z[inside], y[inside], x[inside], volume, eps=TOLERANCE, isign=-1, upsampfac=1.25, nthreads=1
+        )
+        slices = slices.reshape(-1, size, len(kx))
+        slices *= move_y[part, :, None]
+        slices *= move_x[part, None, :]
+        images[part] = scipy.fft.irfft2(slices, s=(size, size), overwrite_x=True)[:, :n, :n]
+
+    with ThreadPoolExecutor(threads) as pool:  # one thread a batch: the result does not depend on their number
+        list(pool.map(fill, [slice(start, start + batch) for start in range(0, len(rotations), batch)]))
+    return images
+
+
+def rescale(images: Any) -> np.ndarray:
+    """Return `(n, h, w)` float32 images, each mapped linearly to [0, 1]; ValueError names a constant image."""
+    images = checks.as_images("images", images)
+    low, high = _range("images", images)
+    return (images - low[:, None, None]) / (high - low)[:, None, None]
+
+
+def _range(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `(n,)` minima and maxima of images that vary."""
+    low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))
+    constant = low == high
+    if constant.any():
+        first = int(np.argmax(constant))
+        raise ValueError(
+            f"{name}: expected images that vary, got {int(constant.sum())} constant of {len(images)}, "
+            f"the first is image {first} (value {low[first]:g}); remove these images"
+        )
+    return low, high
+
+
+def noise_sigma(x: Any, snr: float) -> np.ndarray:
+    """Return the `(n,)` float64 noise standard deviations, `sqrt(Var(x_i) / snr)`, Var over the whole clean image.
+
+    Raises
+    ------
+    TypeError, ValueError : `x` not finite `(n, h, w)` images that vary, or `snr` not a finite number > 0.
+    """
+    x = checks.as_images("x", x)
+    snr = checks.number("snr", snr, above=0)
+    _range("x", x)
+    parts = np.array_split(x, -(-len(x) // 256))  # the variance makes a float64 copy: of a part at a time
+    return np.sqrt(np.concatenate([part.var(axis=(1, 2), dtype=np.float64) for part in parts]) / snr)
+
+
+def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarray:
+    """Return noisy images, Eq. (1) with a the identity: y = x + noise, SNR = Var(x_i) / Var(noise_i) for every image.
+
+    Parameters
+    ----------
+    x : `(n, h, w)` clean images, for "clipped" in [0, 1].
+    snr : > 0.
+    seed : as numpy's `default_rng` takes it. Noise is drawn image after image: the noise of the first m images does
+        not depend on those that follow.
+    protocol : "awgn", Gaussian noise as printed; "clipped", the same noise, then y clipped to [0, 1], which is what the
+        paper's numbers suggest.
+
+    Returns
+    -------
+    `(n, h, w)` float32; `x` is untouched.
+
+    Raises
+    ------
+    TypeError, ValueError : see `noise_sigma`; an unknown protocol.
+    """
+    x = checks.as_images("x", x)
+    checks.choice("protocol", protocol, PROTOCOLS)
+    sigma = noise_sigma(x, snr).astype(np.float32)
+    y = np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
+    y *= sigma[:, None, None]
+    y += x
+    return np.clip(y, 0, 1, out=y) if protocol == "clipped" else y
+
+
+def simulate(
+    volumes: Sequence[Any], n_images: int, seed: int, *, batch: int = 128, threads: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return clean projections of several conformations at uniformly random poses.
+
+    Parameters
+    ----------
+    volumes : conformations, each `(n, n, n)`: equal shares of the images (counts differ by at most one), random order.
+    n_images : number of images.
+    seed : integer >= 0.
+    batch, threads : see `project`.
+
+    Returns
+    -------
+    images : `(n_images, n, n)` float32, each rescaled to [0, 1].
+    rotations : `(n_images, 3, 3)` float64.
+    conformations : `(n_images,)` int64, index into `volumes`.
+
+    Raises
+    ------
+    TypeError, ValueError : no volumes, volumes of different size, bad numbers; see `project` and `rescale`.
+    """
+    n_images = checks.integer("n_images", n_images, low=1)
+    volumes = [_as_volume(volume) for volume in volumes]
+    if len({volume.shape for volume in volumes}) != 1:
+        raise ValueError(f"volumes: expected one or more of one shape, got {[volume.shape for volume in volumes]}")
+    pose_seed, order_seed = np.random.SeedSequence(checks.integer("seed", seed, low=0)).spawn(2)
+    rotations = random_rotations(n_images, pose_seed)
+    conformations = np.random.default_rng(order_seed).permutation(np.arange(n_images) % len(volumes))
+    images = np.empty((n_images, *volumes[0].shape[1:]), np.float32)
+    for index in range(len(volumes)):
+        chosen = conformations == index
+        if chosen.any():
+            images[chosen] = rescale(project(volumes[index], rotations[chosen], batch=batch, threads=threads))
+    return images, rotations, conformations

@@ -1,0 +1,202 @@
+"""Generators and discriminators (Figure 2), and their weights on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cryo_lib import checks
+from cryo_lib.files import atomic, write_json
+
+
+class Residual(nn.Module):
+    """ReLU(x + BN(conv3x3(x))): one residual block, `(n, c, h, w)` in and out."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+class Level(nn.Module):
+    """A change of resolution and the residual blocks after it.
+
+    `resample` is a stride-2 convolution (down) or transposed convolution (up), 4x4, then batch norm; its output, plus
+    `skip` where one is given, goes through ReLU and `blocks` residual blocks. `forward` returns the level's output and
+    its map before the ReLU, which is what skips carry.
+    """
+
+    def __init__(self, resample: nn.Module, blocks: int) -> None:
+        super().__init__()
+        channels = resample.out_channels
+        self.resample = resample
+        self.norm = nn.BatchNorm2d(channels)
+        self.blocks = nn.Sequential(*(Residual(channels) for _ in range(blocks)))
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        before_relu = self.norm(self.resample(x))
+        if skip is not None:
+            before_relu = before_relu + skip
+        return self.blocks(torch.relu(before_relu)), before_relu
+
+
+def _down(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
+
+
+def _up(inputs: int, outputs: int) -> nn.Module:
+    return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Convolutions N(0, 0.02), biases 0 (Radford et al. 2016), which the paper's GANs follow."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class ResNetGenerator(nn.Module):
+    """The denoising autoencoder G of Figure 2(b).
+
+    Three stride-2 levels of `width`, 2 and 4 times `width` channels, three residual blocks each, mirrored by transposed
+    convolutions; the encoder's maps before ReLU are added at the two inner resolutions; batch norm and tanh at the end.
+    4,195,843 parameters at the paper's width of 64.
+
+    Parameters
+    ----------
+    image_size : side of the square images in pixels, a multiple of 8.
+    width : channels of the first level, >= 1.
+
+    Raises
+    ------
+    ValueError : image_size or width is not as stated; in `forward`, images of another size.
+    """
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.image_size = checks.integer("image_size", image_size, low=8, multiple_of=8)
+        width = checks.integer("width", width, low=1)
+        self.down = nn.ModuleList([Level(_down(i, o), 3) for i, o in _pairs(1, width, 2 * width, 4 * width)])
+        self.up = nn.ModuleList([Level(_up(i, o), 3) for i, o in _pairs(4 * width, 2 * width, width)])
+        self.last = nn.Sequential(_up(width, 1), nn.BatchNorm2d(1), nn.Tanh())
+        self.apply(_initialise)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Noisy images `(n, 1, h, w)` to denoised images of the same shape, in (-1, 1)."""
+        _check_size(y, self.image_size)
+        skips = []
+        for level in self.down:
+            y, before_relu = level(y)
+            skips.append(before_relu)
+        for level, skip in zip(self.up, skips[-2::-1]):
+            y, _ = level(y, skip)
+        return self.last(y)
+
+
+class ResNetDiscriminator(nn.Module):
+    """The patch discriminator D of Figure 2(a): scores before the sigmoid.
+
+    Three stride-2 levels of `width`, 2 and 4 times `width` channels with 2, 2 and 3 residual blocks, then a valid 4x4
+    convolution to one map: 13x13 patch scores for 128 px. 2,803,393 parameters at the paper's width of 64. D sees one
+    image, unconditionally. The sigmoid belongs to the score (`losses`), so that WGAN uses the same network.
+
+    Parameters
+    ----------
+    image_size : side of the square images in pixels, a multiple of 8, at least 32.
+    width : channels of the first level, >= 1.
+    """
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.image_size = checks.integer("image_size", image_size, low=32, multiple_of=8)
+        width = checks.integer("width", width, low=1)
+        channels = _pairs(1, width, 2 * width, 4 * width)
+        self.down = nn.ModuleList([Level(_down(i, o), blocks) for (i, o), blocks in zip(channels, (2, 2, 3))])
+        self.last = nn.Conv2d(4 * width, 1, 4)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`."""
+        _check_size(x, self.image_size)
+        for level in self.down:
+            x, _ = level(x)
+        return self.last(x)
+
+
+def _pairs(*channels: int) -> list[tuple[int, int]]:
+    return list(zip(channels[:-1], channels[1:]))
+
+
+def _check_size(images: Tensor, size: int) -> None:
+    if images.ndim != 4 or images.shape[1:] != (1, size, size):
+        raise ValueError(
+            f"images: expected shape (n, 1, {size}, {size}), got {tuple(images.shape)}; this network was built for "
+            f"{size} px: crop or rescale the images, or build one for their size"
+        )
+
+
+GENERATORS = {"resnet": ResNetGenerator}
+DISCRIMINATORS = {"resnet": ResNetDiscriminator}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def denoise_images(model: torch.nn.Module, y: Any, batch_size: int = 100) -> np.ndarray:
+    """`G(y)` of images `(n, h, w)` in batches, in eval mode (batch norm's running statistics), as float32 numpy."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    out = [model(batch.unsqueeze(1).to(device)).squeeze(1).cpu() for batch in torch.as_tensor(y).split(batch_size)]
+    model.train(was_training)
+    return torch.cat(out).numpy()
+
+
+def save(path: str | Path, generator: nn.Module, card: dict[str, Any]) -> Path:
+    """Write `path` (safetensors) and the card beside it (`.json`), each atomically, the weights last.
+
+    `card` must hold `architecture`, `image_size` and `width`, from which `load` rebuilds the generator.
+    """
+    path = Path(path)
+    write_json(path.with_suffix(".json"), card)
+    with atomic(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}, temporary)
+    return path
+
+
+def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a generator written by `save`: the network in eval mode on the CPU, and its card. No code is run.
+
+    Raises
+    ------
+    FileNotFoundError : the weights or the card are missing.
+    ValueError : the card does not describe a known network, or the weights do not fit it.
+    """
+    path = Path(path)
+    for needed in (path, path.with_suffix(".json")):
+        if not needed.is_file():
+            raise FileNotFoundError(
+                f"checkpoint: expected {needed}, found nothing; a checkpoint is a .safetensors file with a .json card beside it"
+            )
+    card = json.loads(path.with_suffix(".json").read_text())
+    try:
+        build = GENERATORS[checks.choice("architecture", card["architecture"], GENERATORS)]
+        model = build(card["image_size"], card["width"])
+        model.load_state_dict(load_file(path))
+    except KeyError as error:
+        raise ValueError(f"checkpoint {path}: its card has no {error}; it was not written by this library") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: weights and card do not fit together or are damaged: {error}") from error
+    return model.eval(), card

@@ -1,0 +1,143 @@
+"""From one value an image to tables: means and standard deviations over seeds, the best marked, the paper's values beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cryo_lib import metrics
+from cryo_lib.files import atomic, write_text
+from cryo_lib.losses import METHODS
+
+METRICS = {"mse": metrics.mse, "psnr": metrics.psnr, "ssim": metrics.ssim}
+HIGHER_IS_BETTER = {"mse": False, "psnr": True, "ssim": True}
+KEYS = ["method", "experiment", "seed"]
+BASELINE_LABELS = {
+    "noisy": "Noisy input",
+    "gaussian": "Gaussian low-pass",
+    "bm3d": "BM3D",
+    "ksvd": "K-SVD",
+    "nlm": "Non-local means",
+    "cwf": "CWF",
+}
+LABELS = BASELINE_LABELS | {name: method.label for name, method in METHODS.items()}
+
+
+def score(x: Any, x_hat: Any, method: str, experiment: str, seed: int | None = None) -> pd.DataFrame:
+    """MSE, PSNR and SSIM of each image as rows `method, experiment, seed, image, mse, psnr, ssim`.
+
+    `x`, `x_hat` as in `metrics.mse`; `seed` None (no randomness) is written as -1.
+    """
+    values = {name: metric(x, x_hat) for name, metric in METRICS.items()}
+    rows = pd.DataFrame({"image": np.arange(len(values["mse"]))} | values)
+    for column, value in zip(reversed(KEYS), (-1 if seed is None else seed, experiment, method)):
+        rows.insert(0, column, value)
+    return rows
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
+    """Write a table as CSV, atomically, with `digits` significant digits and Unix line ends."""
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
+    return Path(path)
+
+
+def write_per_image(folder: str | Path, rows: pd.DataFrame) -> list[Path]:
+    """Write `per_image_<metric>.csv`: a row a test image, a column a run (`method/experiment/seed`), for paired tests."""
+    run = rows["method"] + "/" + rows["experiment"] + rows["seed"].map(lambda s: "" if s < 0 else f"/seed{s}")
+    wide = rows.assign(run=run).pivot(index="image", columns="run", values=list(METRICS))
+    order = list(dict.fromkeys(run))
+    return [
+        write_csv(Path(folder) / f"per_image_{name}.csv", wide[name][order].reset_index(), digits=5) for name in METRICS
+    ]
+
+
+def over_images(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the test images of each run: rows `method, experiment, seed, n_images, mse, psnr, ssim`."""
+    grouped = rows.groupby(KEYS, sort=False)
+    return grouped[list(METRICS)].mean().reset_index().assign(n_images=grouped.size().to_numpy())
+
+
+def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, n_seeds, mse, mse_sd, ...`; sd is NaN for n = 1."""
+    grouped = runs.groupby(KEYS[:2], sort=False)
+    means, sds = grouped[list(METRICS)].mean(), grouped[list(METRICS)].std().add_suffix("_sd")
+    return means.join(sds).assign(n_seeds=grouped.size()).reset_index()
+
+
+def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
+    """Add `<metric>_best`: True within each experiment for the best mean and all others within its one sd, as in Table 1."""
+    summary = summary.copy()
+    for name, higher in HIGHER_IS_BETTER.items():
+        marks = pd.Series(False, index=summary.index)
+        for _, group in summary.groupby("experiment"):
+            sign = 1 if higher else -1
+            best = (sign * group[name]).idxmax()
+            margin = np.nan_to_num(group.loc[best, f"{name}_sd"])
+            marks[group.index] = sign * group[name] >= sign * group.loc[best, name] - margin
+        summary[f"{name}_best"] = marks
+    return summary
+
+
+def cell(row: Any, metric: str) -> str:
+    """`mean ± sd` of one metric of a summary row, in the paper's precision, bold where it is marked best; — for nothing."""
+    value, sd = row[metric], row.get(f"{metric}_sd", np.nan)
+    if not np.isfinite(value):
+        return "—"
+    form = "{:.2e}" if metric == "mse" else "{:.2f}"
+    text = form.format(value) + (f" ± {form.format(sd)}" if np.isfinite(sd) else "")
+    return f"**{text}**" if row.get(f"{metric}_best", False) else text
+
+
+def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFrame, snr: float) -> pd.DataFrame:
+    """Table 1 at one SNR as strings: a row a method, the paper's values and ours side by side.
+
+    Parameters
+    ----------
+    ours : `mark_best(over_seeds(...))` without contaminated experiments.
+    paper : `results/preprint/table1.csv`: method, snr, mse, mse_sd, psnr, psnr_sd, ssim, ssim_sd.
+    checkpoints : the five best checkpoints of one run a method and experiment: `method, experiment, psnr` (mean), `psnr_sd`.
+    """
+    awgn, clipped = (ours[ours["experiment"] == f"{protocol}-{snr:g}-none"].set_index("method") for protocol in ("awgn", "clipped"))
+    printed = paper[paper["snr"] == snr].set_index("method")
+    best_of_one = checkpoints[checkpoints["experiment"] == f"awgn-{snr:g}-none"].set_index("method")
+
+    def entry(table: pd.DataFrame, method: str, metric: str) -> str:
+        return cell(table.loc[method], metric) if method in table.index else "—"
+
+    rows = []
+    for method in [name for name in LABELS if name in awgn.index or name in clipped.index]:
+        row = {"Method": LABELS[method]}
+        for metric in METRICS:
+            row[f"{metric.upper()}, paper"] = entry(printed, method, metric)
+            row[f"{metric.upper()}, ours"] = entry(awgn, method, metric)
+        row["PSNR, ours, clipped"] = entry(clipped, method, "psnr")
+        row["PSNR, ours, five checkpoints of one run"] = entry(best_of_one, method, "psnr")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of strings as GitHub Markdown."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]) + "\n"
+
+
+def insert(path: str | Path, marker: str, text: str) -> bool:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` in a text file; True where that changed it.
+
+    ValueError where the markers are missing.
+    """
+    path, opening, closing = Path(path), f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before = path.read_text(encoding="utf-8")
+    head, found, rest = before.partition(opening)
+    _, ended, tail = rest.partition(closing)
+    if not (found and ended):
+        raise ValueError(f"{path}: expected the markers {opening} and {closing}, each once")
+    after = f"{head}{opening}\n{text}{closing}{tail}"
+    if after != before:
+        write_text(path, after)
+    return after != before

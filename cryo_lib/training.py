@@ -1,0 +1,396 @@
+"""Algorithm 1: one loop for every method; device, checkpoint and resume, and a grid of runs side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryo_lib import checks, contamination, losses, metrics, models
+from cryo_lib.experiments import Experiment, Run
+from cryo_lib.files import atomic, write_text
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything Algorithm 1 leaves to choose; the defaults are the paper's.
+
+    Attributes
+    ----------
+    architecture, width : a key of `models.GENERATORS`, and the channels of its first level.
+    epochs : passes over the training pairs. batch_size : m, pairs a minibatch.
+    k_d, k_g : discriminator and generator updates on each minibatch; an autoencoder makes the same k_g updates.
+    eta_d, eta_g : Adam's learning rates. beta1, beta2 : Adam's moment decays.
+    lam : weight of the reconstruction loss. mu : weight of WGAN's gradient penalty.
+    reconstruction_reduction, adversarial_reduction : "mean" or "sum" over an image's pixels, and over its patch scores.
+    noise, unit, redraw : of the contamination (see `contamination.contaminate`); redraw gives fresh noise every epoch.
+    log_every : iterations between two lines of metrics and checkpoints.
+    """
+
+    architecture: str = "resnet"
+    width: int = 64
+    epochs: int = 20
+    batch_size: int = 20
+    k_d: int = 1
+    k_g: int = 2
+    eta_d: float = 1e-3
+    eta_g: float = 1e-2
+    beta1: float = 0.5
+    beta2: float = 0.999
+    lam: float = 10.0
+    mu: float = 10.0
+    reconstruction_reduction: str = "mean"
+    adversarial_reduction: str = "mean"
+    noise: str = "gaussian"
+    unit: str = "sample"
+    redraw: bool = False
+    log_every: int = 250
+
+    def __post_init__(self) -> None:
+        checks.choice("architecture", self.architecture, models.GENERATORS)
+        for name in ("width", "epochs", "batch_size", "k_d", "k_g", "log_every"):
+            checks.integer(name, getattr(self, name), low=1)
+        for name in ("eta_d", "eta_g"):
+            checks.number(name, getattr(self, name), above=0)
+        for name in ("lam", "mu"):
+            checks.number(name, getattr(self, name), low=0)
+        for name in ("beta1", "beta2"):
+            checks.number(name, getattr(self, name), low=0, high=0.999999)
+        for name in ("reconstruction_reduction", "adversarial_reduction"):
+            checks.choice(name, getattr(self, name), ("mean", "sum"))
+        checks.choice("noise", self.noise, contamination.NOISES)
+        checks.choice("unit", self.unit, contamination.UNITS)
+        checks.choice("redraw", self.redraw, (False, True))
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss is not finite, or the generator has collapsed."""
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
+
+    A GPU that is in the machine but that torch cannot use is warned of.
+    """
+    if device != "auto":
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+        return chosen
+    if torch.cuda.is_available():
+        try:
+            (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
+            return torch.device("cuda")
+        except RuntimeError as error:
+            warnings.warn(f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}")
+    elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
+        warnings.warn(
+            f"nvidia-smi lists a GPU but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it, so the CPU is "
+            "used: install the torch build for your driver"
+        )
+    return torch.device("cpu")
+
+
+class Trainer:
+    """Algorithm 1 on pairs held in memory: state, steps, and everything needed to stop and go on.
+
+    Parameters
+    ----------
+    method : the scores and the reconstruction loss.
+    settings : see `Settings`.
+    pairs : epoch -> (x, y), the training pairs of that epoch, `(n, h, w)` float32; called again only when
+        `settings.redraw` asks for fresh contamination.
+    seed : of the initial weights, the minibatch order and the gradient penalty's mixing.
+    """
+
+    def __init__(
+        self, method: losses.Method, settings: Settings, pairs: Callable[[int], tuple[Any, Any]], seed: int, device: torch.device
+    ) -> None:
+        self.method, self.settings, self.pairs, self.seed, self.device = method, settings, pairs, seed, device
+        self._load_pairs(0)
+        size = self.x.shape[-1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.generator = models.GENERATORS[settings.architecture](size, settings.width)
+            discriminator = models.DISCRIMINATORS[settings.architecture]
+            self.discriminator = None if method.adversary == "none" else discriminator(size, settings.width)
+        self.generator.to(device, memory_format=torch.channels_last)
+        betas = (settings.beta1, settings.beta2)
+        self.optimise_g = torch.optim.Adam(self.generator.parameters(), settings.eta_g, betas, fused=True)
+        if self.discriminator is not None:
+            self.discriminator.to(device, memory_format=torch.channels_last)
+            self.optimise_d = torch.optim.Adam(self.discriminator.parameters(), settings.eta_d, betas, fused=True)
+        self.mixing = torch.Generator().manual_seed(seed)
+        self.iteration = 0
+        self.history: list[dict[str, Any]] = []
+
+    def _load_pairs(self, epoch: int) -> None:
+        self.x, self.y = (torch.as_tensor(a).unsqueeze(1).to(self.device) for a in self.pairs(epoch))
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        return math.ceil(len(self.x) / self.settings.batch_size)
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of the whole training."""
+        return self.settings.epochs * self.iterations_per_epoch
+
+    def epoch_batches(self, epoch: int) -> list[Tensor]:
+        """The indices of each minibatch of an epoch, in an order fixed by the seed and the epoch.
+
+        Where whole minibatches are contaminated, minibatches are blocks of consecutive pairs, visited in random order.
+        """
+        rng = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        n, m = len(self.x), self.settings.batch_size
+        if self.settings.unit == "minibatch":
+            blocks = torch.arange(n).split(m)
+            return [blocks[i] for i in torch.randperm(len(blocks), generator=rng)]
+        return list(torch.randperm(n, generator=rng).to(self.device).split(m))
+
+    def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """One iteration of Algorithm 1 on a minibatch; the losses of its last updates, on the device."""
+        s, out = self.settings, {}
+        x_hat = self.generator(y)
+        if self.discriminator is not None:
+            # G does not change during the k_d updates, so one G(y) serves them and the first update of G.
+            for _ in range(s.k_d):
+                out["loss_d"] = self._update_discriminator(x, x_hat.detach())
+            self.discriminator.requires_grad_(False)
+        for k in range(s.k_g):
+            if k:
+                x_hat = self.generator(y)
+            reconstruction = losses.reduce_images(self.method.reconstruction(x_hat, x), s.reconstruction_reduction)
+            loss = reconstruction if self.discriminator is None else s.lam * reconstruction + self._adversarial(x_hat)
+            self.optimise_g.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimise_g.step()
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(True)
+        return out | {"loss_g": loss.detach(), "reconstruction": reconstruction.detach()}
+
+    def _adversarial(self, x_hat: Tensor) -> Tensor:
+        scores = self.method.fake(self.discriminator(x_hat))
+        return losses.reduce_images(scores, self.settings.adversarial_reduction)
+
+    def _update_discriminator(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        real = self.method.real(self.discriminator(x))
+        loss = -losses.reduce_images(real, self.settings.adversarial_reduction) - self._adversarial(x_hat)
+        if self.method.adversary == "wgan_gp":
+            mix = torch.rand(len(x), 1, 1, 1, generator=self.mixing).to(self.device)
+            loss = loss + self.settings.mu * losses.gradient_penalty(self.discriminator, x, x_hat, mix)
+        self.optimise_d.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimise_d.step()
+        return loss.detach()
+
+    def train(self, checkpoint: Path, validate: Callable[[torch.nn.Module], dict[str, float]]) -> None:
+        """Run (or go on) to the end: every `log_every` iterations a line of metrics and a checkpoint.
+
+        Raises
+        ------
+        TrainingError : a loss is not finite, or the generator gives the same image for every input.
+        """
+        if checkpoint.is_file():
+            self.load_state(checkpoint)
+        started, images, sums = time.perf_counter(), 0, {}
+        while self.iteration < self.iterations:
+            epoch, first = divmod(self.iteration, self.iterations_per_epoch)
+            if self.settings.redraw and epoch:
+                self._load_pairs(epoch)
+            for batch in self.epoch_batches(epoch)[first:]:
+                for name, value in self.step(self.x[batch], self.y[batch]).items():
+                    sums[name] = sums.get(name, 0) + value
+                self.iteration, images = self.iteration + 1, images + len(batch)
+                if self.iteration % self.settings.log_every and self.iteration != self.iterations:
+                    continue
+                steps = (self.iteration - 1) % self.settings.log_every + 1
+                means = {name: float(total) / steps for name, total in sums.items()}
+                speed = images / (time.perf_counter() - started)
+                self.calibrate()
+                self._log(means, validate(self.generator), speed)
+                self.save_state(checkpoint)
+                started, images, sums = time.perf_counter(), 0, {}
+
+    def calibrate(self, images: int = 400) -> None:
+        """Set the generator's batch-norm statistics to those of its present weights, on the first `images` noisy images.
+
+        The moving averages kept during training lag behind weights that change fast and can cost several dB in eval mode.
+        Training itself uses each minibatch's own statistics and is not touched. Source: Wu and Johnson 2021 ("precise BN").
+        """
+        self.generator.train()
+        torch.optim.swa_utils.update_bn(self.y[:images].split(100), self.generator)
+
+    def _log(self, means: dict[str, float], validation: dict[str, float], images_per_s: float) -> None:
+        at = f"iteration {self.iteration} of {self.iterations}"
+        bad = [name for name, value in (means | validation).items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{', '.join(bad)} not finite at {at}; lower eta_g ({self.settings.eta_g:g}) or eta_d ({self.settings.eta_d:g}), "
+                f"or check lam ({self.settings.lam:g}) and the reductions"
+            )
+        if validation["spread"] < 0.01 and self.iteration >= self.iterations / 2:
+            raise TrainingError(
+                f"the generator has collapsed at {at}: its outputs vary over images by {validation['spread']:.2%} of the "
+                "references' variation; raise lam, lower eta_g, or choose another method"
+            )
+        memory = (
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
+        self.history.append(
+            {"iteration": self.iteration, "epoch": self.iteration / self.iterations_per_epoch}
+            | {"progress": self.iteration / self.iterations}
+            | means
+            | validation
+            | {"images_per_s": round(images_per_s, 1), "peak_memory_mib": memory >> 20, "device": str(self.device)}
+        )
+
+    def save_state(self, path: Path) -> None:
+        """Write everything needed to go on to `path`, atomically."""
+        state = {"iteration": self.iteration, "history": self.history, "mixing": self.mixing.get_state()}
+        for name in self._parts():
+            state[name] = getattr(self, name).state_dict()
+        with atomic(path) as temporary:
+            torch.save(state, temporary)
+
+    def load_state(self, path: Path) -> None:
+        """Go on from a state written by `save_state` of the same configuration."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in self._parts():
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.history = state["iteration"], state["history"]
+        self.mixing.set_state(state["mixing"])
+
+    def _parts(self) -> tuple[str, ...]:
+        parts = ("generator", "optimise_g")
+        return parts if self.discriminator is None else (*parts, "discriminator", "optimise_d")
+
+
+def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dict[str, float]]:
+    spread = x.std(axis=0).mean()
+
+    def validate(model: torch.nn.Module) -> dict[str, float]:
+        x_hat = models.denoise_images(model, y)
+        if not np.isfinite(x_hat).all():
+            return {"mse": math.nan, "psnr": math.nan, "ssim": math.nan, "spread": math.nan}
+        values = {name: float(getattr(metrics, name)(x, x_hat).mean()) for name in ("mse", "psnr", "ssim")}
+        return values | {"spread": float(x_hat.std(axis=0).mean() / spread)}
+
+    return validate
+
+
+def run(task: Run, settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto") -> dict[str, Any]:
+    """Train one run and write `generator.safetensors`, its card and `metrics.jsonl` below `out`; the card's metrics.
+
+    The state lives in `scratch` under a hash of the whole configuration and the data's digests, so that a repeated call
+    after any interruption goes on where it stopped, and never from the state of another configuration.
+
+    Parameters
+    ----------
+    data : folder with `x_{train,val}.npy` `(n, h, w)` float32 in [0, 1] and `card.json` (holds the data seed).
+    """
+    chosen = pick_device(device)
+    configuration = _configuration(task, settings, data)
+    experiment, card = Experiment.parse(task.experiment), configuration["data"]
+    data_seed, final = card["seed"], out / task.folder
+
+    x = np.load(data / "x_train.npy", mmap_mode="r")
+    y = experiment.noisy(x, data_seed, "train")
+    options = {"noise": settings.noise, "unit": settings.unit, "batch_size": settings.batch_size}
+
+    def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return experiment.contaminated(np.asarray(x), y, task.seed, draw=epoch if settings.redraw else 0, **options)
+
+    x_val = np.load(data / "x_val.npy")
+    trainer = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen)
+    try:
+        trainer.train(_state(scratch, configuration) / "state.pt", _validation(x_val, experiment.noisy(x_val, data_seed, "val")))
+    except TrainingError as error:
+        raise TrainingError(f"{task.folder}: {error}") from error
+    last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
+    write_text(final / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.history))
+    network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
+    models.save(
+        final / "generator.safetensors",
+        trainer.generator,
+        network | {"pixel_size": card["pixel_size"], "validation": last, "torch": torch.__version__} | configuration,
+    )
+    return last
+
+
+def _configuration(task: Run, settings: Settings, data: Path) -> dict[str, Any]:
+    """All that a run's result depends on; the data by the digests in its card."""
+    return {"run": asdict(task), "settings": asdict(settings), "data": json.loads((data / "card.json").read_text())}
+
+
+def _state(scratch: Path, configuration: dict[str, Any]) -> Path:
+    return scratch / hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _worker(*arguments: Any) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return run(*arguments)
+
+
+def run_grid(
+    tasks: Iterable[Run], settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto", workers: int | None = None
+) -> None:
+    """Train many runs, side by side on the CPU's cores with one thread each, or one after another on a GPU.
+
+    A line is printed as each run ends. Their states in `scratch` are removed when all have succeeded.
+
+    Parameters
+    ----------
+    tasks, settings, data, out, scratch, device : as `run`.
+    workers : runs at a time on the CPU; None is one a core.
+
+    Raises
+    ------
+    TrainingError : a run failed; what the others reached is kept in `scratch`.
+    """
+    tasks = list(tasks)
+    chosen = pick_device(device)
+    workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or len(os.sched_getaffinity(0)))
+    print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
+    arguments = [(task, settings, Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
+    started = time.perf_counter()
+    if workers == 1:
+        finished = ((task, run(*a)) for task, a in zip(tasks, arguments))
+        _report(finished, len(tasks), started)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_worker, *a): a[0] for a in arguments}
+            try:
+                _report(((futures[f], f.result()) for f in as_completed(futures)), len(tasks), started)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    for task in tasks:
+        shutil.rmtree(_state(Path(scratch), _configuration(task, settings, Path(data))), ignore_errors=True)
+
+
+def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, started: float) -> None:
+    for i, (task, values) in enumerate(finished, 1):
+        seconds = time.perf_counter() - started
+        print(f"[{i}/{total}, {seconds:5.0f} s] {task.folder}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}", flush=True)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({len(os.sched_getaffinity(0))} cores)"

@@ -1,0 +1,68 @@
+"""The networks are the paper's, at any width and size, and survive a trip to disk."""
+
+import pytest
+import torch
+
+from cryo_lib import models
+
+
+def test_parameter_counts_at_the_papers_width():
+    assert models.parameter_count(models.ResNetGenerator(128)) == 4_195_843
+    assert models.parameter_count(models.ResNetDiscriminator(128)) == 2_803_393
+
+
+@pytest.mark.parametrize("size, width", [(32, 4), (40, 3), (48, 16), (128, 2), (256, 1)])
+def test_shapes_at_any_width_and_multiple_of_8(size, width):
+    images = torch.rand(2, 1, size, size)
+    x_hat = models.ResNetGenerator(size, width)(images)
+    assert x_hat.shape == images.shape and x_hat.abs().max() < 1
+    patches = size // 8 - 3
+    assert models.ResNetDiscriminator(size, width)(images).shape == (2, 1, patches, patches)
+
+
+def test_128_px_has_13_by_13_patch_scores():
+    assert models.ResNetDiscriminator(128, 1)(torch.rand(1, 1, 128, 128)).shape[2:] == (13, 13)
+
+
+def test_skips_carry_the_encoder_to_the_decoder():
+    """With the bottleneck silenced, the output still depends on the input: through the skips."""
+    model = models.ResNetGenerator(32, 4).eval()
+    model.up[0].resample.weight.data.zero_()
+    images = torch.rand(1, 1, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), images)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("build, size, message", [
+    (models.ResNetGenerator, 100, "image_size: expected a multiple of 8, got 100; use 96 or 104"),
+    (models.ResNetDiscriminator, 24, "image_size: expected an integer >= 32, got 24"),
+])
+def test_impossible_sizes_are_refused(build, size, message):
+    with pytest.raises(ValueError, match=message):
+        build(size)
+
+
+@pytest.mark.parametrize("build", [models.ResNetGenerator, models.ResNetDiscriminator])
+def test_images_of_another_size_are_refused(build):
+    with pytest.raises(ValueError, match=r"expected shape \(n, 1, 32, 32\), got \(2, 1, 40, 40\)"):
+        build(32, 2)(torch.rand(2, 1, 40, 40))
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path):
+    model = models.ResNetGenerator(32, 4).eval()
+    card = {"architecture": "resnet", "image_size": 32, "width": 4, "note": "kept"}
+    path = models.save(tmp_path / "g.safetensors", model, card)
+    loaded, read = models.load(path)
+    images = torch.rand(3, 1, 32, 32)
+    assert read == card and torch.equal(loaded(images), model(images)) and not loaded.training
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint: expected .*g.safetensors, found nothing"):
+        models.load(tmp_path / "g.safetensors")
+    path = models.save(tmp_path / "g.safetensors", models.ResNetGenerator(32, 4), {"architecture": "resnet", "image_size": 32, "width": 8})
+    with pytest.raises(ValueError, match="weights and card do not fit together"):
+        models.load(path)
+    models.save(path, models.ResNetGenerator(32, 4), {"architecture": "resnet", "width": 4})
+    with pytest.raises(ValueError, match="its card has no 'image_size'"):
+        models.load(path)
