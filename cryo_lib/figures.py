@@ -122,7 +122,7 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     ----------
     volume : `(n, n, n)`, [z, y, x]. level : density of the surface.
     rotation : (3, 3), the viewing orientation in the convention of `imaging.project`: x_view = rotation.T @ x_volume;
-        the viewer looks along -z.
+        the viewer looks along +z, x to the right and y downwards, as images are shown.
     pixels : side of the picture.
 
     Returns
@@ -133,7 +133,7 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     rotation = np.eye(3) if rotation is None else rotation
     centre = n // 2
     side = (np.arange(pixels) + 0.5) * n / pixels - centre
-    depth = np.arange(centre, -centre, -0.5)
+    depth = np.arange(-centre, centre, 0.5)
     smooth = gaussian_filter(volume.astype(np.float32), 0.7)
 
     def sample(array: np.ndarray, x: Any, y: Any, z: Any) -> np.ndarray:
@@ -144,19 +144,19 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     for z in depth:
         plane = sample(smooth, side[None, :], side[:, None], z)
         new = (plane >= level) & ~hit
-        front[new] = z + 0.5 * (plane[new] - level) / np.maximum(plane[new] - previous[new], 1e-9)
+        front[new] = z - 0.5 * (plane[new] - level) / np.maximum(plane[new] - previous[new], 1e-9)
         hit |= new
         previous = plane
     y, x = np.nonzero(hit)
     gradient = np.stack([sample(g, side[x], side[y], front[hit]) for g in np.gradient(smooth)[::-1]])
     normal = -(rotation.T @ gradient)
     normal /= np.linalg.norm(normal, axis=0) + 1e-9
-    light = np.array([-0.45, -0.55, 0.7])
+    light = np.array([-0.45, -0.55, -0.7])
     lit = np.clip(light / np.linalg.norm(light) @ normal, 0, 1)
-    filled = np.where(hit, front, -centre)
-    crease = gaussian_filter(filled, pixels / 60)[hit] - front[hit]
+    filled = np.where(hit, front, centre)
+    crease = front[hit] - gaussian_filter(filled, pixels / 60)[hit]
     shade = (0.30 + 0.70 * lit) * np.clip(1 - 0.05 * np.clip(crease, 0, None), 0.45, 1)
-    shade *= 0.75 + 0.25 * (front[hit] - front[hit].min()) / np.ptp(front[hit])
+    shade *= 1 - 0.25 * (front[hit] - front[hit].min()) / np.ptp(front[hit])
     picture = np.zeros((pixels, pixels, 4))
     picture[hit, :3] = np.clip(shade, 0, 1)[:, None]
     picture[hit, 3] = 1

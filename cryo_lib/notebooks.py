@@ -3,6 +3,7 @@
 python -m cryo_lib.notebooks run NOTEBOOK OUT [-p name value]... [-s section]... [--params params.yaml]
 python -m cryo_lib.notebooks export NOTEBOOKS BUILD
 python -m cryo_lib.notebooks strip NOTEBOOK...
+python -m cryo_lib.notebooks report [--params params.yaml]
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any]) -> Pa
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            notebook, out, parameters, kernel_name="python3", progress_bar=False, log_output=True,
-            stdout_file=sys.stdout, stderr_file=sys.stderr,
+            notebook, out, parameters, kernel_name="python3", language="python", progress_bar=False, log_output=True,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         raise NotebookError(f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {out})") from error
@@ -130,6 +131,19 @@ def strip(path: str | Path) -> bool:
     return after != before
 
 
+def report(scale: str) -> str:
+    """What a scale's last run cost, stage by stage, and where its results are, as text to print."""
+    lines, total = [f"\nStages of the scale {scale!r}, as last run:"], 0.0
+    for path in sorted(Path("executed", scale).glob("*.ipynb")):
+        seconds = nbformat.read(path, as_version=4).metadata.get("papermill", {}).get("duration") or 0.0
+        total += seconds
+        lines.append(f"  {path.stem:42s} {seconds:7.1f} s")
+    lines.append(f"  {'together':42s} {total / 60:7.1f} min")
+    places = {"tables": f"results/{scale}", "figures": f"figures/{scale}", "RELION's stacks": f"denoised/{scale}"}
+    lines += [f"{name:18s} {folder}/" for name, folder in (places | {"executed notebooks": f"executed/{scale}"}).items()]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all went well."""
     parser = argparse.ArgumentParser(prog="python -m cryo_lib.notebooks", description=__doc__.splitlines()[0])
@@ -145,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("build")
     command = commands.add_parser("strip", help="remove outputs from notebooks in place")
     command.add_argument("notebooks", nargs="+")
+    command = commands.add_parser("report", help="print the cost of each stage and where the results are")
+    command.add_argument("--params", default="params.yaml", help="the parameter file that names the scale")
     options = parser.parse_args(arguments)
     try:
         if options.command == "run":
@@ -154,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
             run(options.notebook, options.out, parameters | {name: yaml.safe_load(value) for name, value in options.p})
         elif options.command == "export":
             export(options.notebooks, options.build)
+        elif options.command == "report":
+            print(report(yaml.safe_load(Path(options.params).read_text())["scale"]))
         else:
             for path in options.notebooks:
                 print(f"{'stripped' if strip(path) else 'clean   '} {path}")

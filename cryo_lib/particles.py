@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from mrcfile.dtypes import HEADER_DTYPE
 from scipy.spatial.transform import Rotation
 
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.imaging import euler_from_rotation, rotation_from_euler
+from cryo_lib.mrc import BATCH, Images, StackFile, write_stack
 
 ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 ORIGINS = ["rlnOriginXAngst", "rlnOriginYAngst"]
@@ -36,92 +36,10 @@ DEFOCUS = ["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"]
 MICROSCOPE = ["rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"]
 CTF_DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.0}
 
-_BATCH = 256  # images in memory while streaming
-_MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # MRC modes that hold real images
 _PIXEL_TOLERANCE = 0.005  # relative; sources of the pixel size that differ by more disagree
 _BLOCK = re.compile(rb"^data_(\S*).*$", re.MULTILINE)
 _LOOP = re.compile(rb"\s*(?:#.*\n\s*)*loop_[^\n]*\n\s*((?:_[^\n]*\n\s*)+)")
 _FIELD = re.compile(rb'"[^"]*"|\S+')
-
-
-@dataclass(frozen=True)
-class StackFile:
-    """Where the pixels of an MRC file lie: `shape` is `(n, h, w)`, `pixel_size` in A, 0 where the header has none."""
-
-    path: str
-    offset: int
-    dtype: str
-    shape: tuple[int, int, int]
-    pixel_size: float
-
-    @classmethod
-    def read_header(cls, path: str) -> StackFile:
-        """Read and check the header of an MRC file of either byte order; ValueError for a damaged or short file."""
-        size, start = os.path.getsize(path), HEADER_DTYPE.itemsize
-        if size < start:
-            raise ValueError(f"{path}: damaged, expected an MRC header of {start} bytes, got {size}; copy it again")
-        raw = np.fromfile(path, HEADER_DTYPE, 1)
-        # Machine stamps are often missing or wrong: the right byte order is the one in which the box is below 65,536.
-        order = next((order for order in "<>" if 0 < raw.view(raw.dtype.newbyteorder(order))["nx"][0] < 2**16), "<")
-        header = raw.view(raw.dtype.newbyteorder(order))[0]
-        n, h, w, mode, extended, mx = (int(header[name]) for name in ("nz", "ny", "nx", "mode", "nsymbt", "mx"))
-        if not (n > 0 and 0 < h < 2**16 and 0 < w < 2**16 and extended >= 0 and mode in _MODES):
-            raise ValueError(
-                f"{path}: expected an MRC stack of real numbers (modes {', '.join(map(str, _MODES))}), got {n} images "
-                f"of {h} x {w} pixels in mode {mode}; the file is damaged, no MRC file, or to be converted first"
-            )
-        dtype = np.dtype(order + _MODES[mode])
-        expected = start + extended + n * h * w * dtype.itemsize
-        if size < expected:
-            raise ValueError(f"{path}: short, expected {expected} bytes ({n} x {h} x {w}), got {size}; copy it again")
-        return cls(path, start + extended, dtype.str, (n, h, w), float(header["cella"]["x"]) / mx if mx > 0 else 0.0)
-
-    def map(self) -> np.memmap:
-        """Map the images, read-only and afresh: no file stays open, however many there are."""
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-
-
-class Images(Sequence):
-    """The images of a stack in row order, read when asked for: `(n, h, w)` float32.
-
-    `images[i]` is one image `(h, w)`; a slice, an index array or a mask gives `(m, h, w)`. One access maps each file
-    once and reads it in ascending order, whatever the order of the rows. NaN, infinite or constant images (all zero,
-    for one) raise a ValueError that names the row and the file.
-    """
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, files: list[StackFile], code: np.ndarray, index: np.ndarray) -> None:
-        self.files, self._code, self._index = files, code, index
-        self._rows = np.arange(len(code))
-        self.shape = (len(code), *files[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        rows = self._rows[key]
-        images = self._read(np.atleast_1d(rows))
-        return images if np.ndim(rows) else images[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self[:].astype(dtype or self.dtype, copy=False)
-
-    def _read(self, rows: np.ndarray) -> np.ndarray:
-        images = np.empty((len(rows), *self.shape[1:]), np.float32)
-        code, index = self._code[rows], self._index[rows]
-        order = np.lexsort((index, code))
-        for group in np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if len(rows) else []:
-            images[group] = self.files[code[group[0]]].map()[index[group]]
-        low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))
-        bad = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high) & (low < high)))
-        if len(bad):
-            i, file = bad[0], self.files[code[bad[0]]].path
-            raise ValueError(
-                f"particle row {rows[i] + 1} (image {index[i] + 1} of {file}): expected finite, varying pixels, got "
-                f"values from {low[i]} to {high[i]} ({len(bad)} such images in this read); remove these rows"
-            )
-        return images
 
 
 @dataclass(frozen=True)
@@ -228,7 +146,7 @@ class ParticleStack:
     @cached_property
     def normalisation(self) -> Normalisation:
         """Background level and spread, and the sign of the contrast, of up to 256 images spread over the stack."""
-        images = self.images[np.unique(np.linspace(0, len(self) - 1, _BATCH).astype(int))]
+        images = self.images[np.unique(np.linspace(0, len(self) - 1, BATCH).astype(int))]
         h, w = self.images.shape[1:]
         radius = np.hypot(*np.ogrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j])
         background = images[:, radius > 1]
@@ -457,12 +375,12 @@ def write(path: str | Path, images: Any, like: ParticleStack, *, project: str | 
         raise ValueError(f"{path}: expected a new name, got one that would replace an input; choose another")
     if Path(path) == stack:
         with atomic(stack) as part:
-            _write_stack(part, images, like.images.shape, like.pixel_size)
+            write_stack(part, images, like.images.shape, like.pixel_size)
         return stack
     if like._text is None and like.optics is None:
         raise ValueError(f"{path}: expected a like with a particle table, got {like.path}; write a .mrcs, or use new()")
     with atomic(star) as star_part, atomic(stack) as part:
-        _write_stack(part, images, like.images.shape, like.pixel_size)
+        write_stack(part, images, like.images.shape, like.pixel_size)
         with open(star_part, "wb") as file:
             if like._text is None:
                 file.write(_star_text(like.optics, like.table.assign(rlnImageName=references)))
@@ -520,7 +438,7 @@ def new(
     for column, value in zip(MICROSCOPE, (voltage, spherical_aberration, amplitude_contrast)):
         optics[column] = checks.number(column, value, low=0.0)
     with atomic(star) as star_part, atomic(stack) as part:
-        _, h, w = _write_stack(part, images, (n, None, None), pixel_size)
+        _, h, w = write_stack(part, images, (n, None, None), pixel_size)
         if h != w:
             raise ValueError(f"images: expected square ones, as RELION does, got {h} x {w}; crop or pad them")
         star_part.write_bytes(_star_text(pd.DataFrame([optics | {"rlnImageSize": w}]), table))
@@ -548,34 +466,3 @@ def _star_text(optics: pd.DataFrame, particles: pd.DataFrame) -> bytes:
         rows = table.to_csv(sep=" ", header=False, index=False, float_format="%.6f", lineterminator="\n")
         text += f"\n# version 30001\n\ndata_{name}\n\nloop_\n{labels}{rows}\n"
     return text.encode()
-
-
-def _write_stack(path: Path, images: Any, shape: tuple, pixel_size: float | None) -> tuple[int, int, int]:
-    """Write batches of images as an MRC stack of `shape` (a box of None: that of the first batch); return its shape."""
-    if hasattr(images, "shape"):
-        images = map(images.__getitem__, (slice(start, start + _BATCH) for start in range(0, len(images), _BATCH)))
-    (n, h, w), done, low, high, sums = shape, 0, np.inf, -np.inf, np.zeros(2)
-    with open(path, "wb") as file:
-        file.seek(HEADER_DTYPE.itemsize)
-        for batch in images:
-            batch = checks.as_images(f"images from {done} on", batch)
-            h, w, done = h or batch.shape[1], w or batch.shape[2], done + len(batch)
-            if batch.shape[1:] != (h, w) or done > n:
-                got = f"got {done} or more, the last in a batch of shape {batch.shape}"
-                raise ValueError(f"images: expected {n} of {h} x {w} pixels, {got}")
-            file.write(np.ascontiguousarray(batch, "<f4"))
-            low, high = min(low, batch.min()), max(high, batch.max())
-            sums += batch.sum(dtype=float), np.square(batch, dtype=float).sum()
-        if done != n:
-            raise ValueError(f"images: expected {n}, one a row, got {done}; nothing was written")
-        mean, square = sums / (n * h * w)
-        header = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
-        fields = {"nx": w, "ny": h, "nz": n, "mx": w, "my": h, "mz": 1, "mode": 2, "ispg": 0, "nversion": 20141}
-        fields |= {"mapc": 1, "mapr": 2, "maps": 3, "map": b"MAP ", "machst": (0x44, 0x44, 0, 0), "cellb": (90, 90, 90)}
-        fields |= {"dmin": low, "dmax": high, "dmean": mean, "rms": max(square - mean**2, 0.0) ** 0.5}
-        fields |= {"cella": tuple(size * (pixel_size or 0.0) for size in (w, h, 1))}
-        for name, value in fields.items():
-            header[name] = value
-        file.seek(0)
-        file.write(header.tobytes())
-    return n, h, w

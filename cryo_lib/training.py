@@ -37,6 +37,7 @@ class Settings:
     epochs : passes over the training pairs. batch_size : m, pairs a minibatch.
     k_d, k_g : discriminator and generator updates on each minibatch; an autoencoder makes the same k_g updates.
     eta_d, eta_g : Adam's learning rates. beta1, beta2 : Adam's moment decays.
+    decay : share of the training, at its end, over which the learning rates fall linearly to 0; 0 is the paper's, constant.
     lam : weight of the reconstruction loss. mu : weight of WGAN's gradient penalty.
     reconstruction_reduction, adversarial_reduction : "mean" or "sum" over an image's pixels, and over its patch scores.
     noise, unit, redraw : of the contamination (see `contamination.contaminate`); redraw gives fresh noise every epoch.
@@ -53,6 +54,7 @@ class Settings:
     eta_g: float = 1e-2
     beta1: float = 0.5
     beta2: float = 0.999
+    decay: float = 0.0
     lam: float = 10.0
     mu: float = 10.0
     reconstruction_reduction: str = "mean"
@@ -68,6 +70,7 @@ class Settings:
             checks.integer(name, getattr(self, name), low=1)
         for name in ("eta_d", "eta_g"):
             checks.number(name, getattr(self, name), above=0)
+        checks.number("decay", self.decay, low=0, high=1)
         for name in ("lam", "mu"):
             checks.number(name, getattr(self, name), low=0)
         for name in ("beta1", "beta2"):
@@ -166,6 +169,7 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """One iteration of Algorithm 1 on a minibatch; the losses of its last updates, on the device."""
         s, out = self.settings, {}
+        self._set_rates()
         x_hat = self.generator(y)
         if self.discriminator is not None:
             # G does not change during the k_d updates, so one G(y) serves them and the first update of G.
@@ -183,6 +187,15 @@ class Trainer:
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
         return out | {"loss_g": loss.detach(), "reconstruction": reconstruction.detach()}
+
+    def _set_rates(self) -> None:
+        left = 1 - self.iteration / self.iterations
+        share = min(1.0, left / self.settings.decay) if self.settings.decay else 1.0
+        rates = [(self.optimise_g, self.settings.eta_g)]
+        if self.discriminator is not None:
+            rates.append((self.optimise_d, self.settings.eta_d))
+        for optimiser, rate in rates:
+            optimiser.param_groups[0]["lr"] = share * rate
 
     def _adversarial(self, x_hat: Tensor) -> Tensor:
         scores = self.method.fake(self.discriminator(x_hat))
@@ -311,12 +324,12 @@ def run(task: Run, settings: Settings, data: Path, out: Path, scratch: Path, dev
     experiment, card = Experiment.parse(task.experiment), configuration["data"]
     data_seed, final = card["seed"], out / task.folder
 
-    x = np.load(data / "x_train.npy", mmap_mode="r")
+    x = np.load(data / "x_train.npy")
     y = experiment.noisy(x, data_seed, "train")
     options = {"noise": settings.noise, "unit": settings.unit, "batch_size": settings.batch_size}
 
     def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return experiment.contaminated(np.asarray(x), y, task.seed, draw=epoch if settings.redraw else 0, **options)
+        return experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
 
     x_val = np.load(data / "x_val.npy")
     trainer = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen)

@@ -1,4 +1,4 @@
-"""Atomic models: the phantom, reading, fetching, superposing, and opening the clamp."""
+"""Atomic models: reading, fetching, superposing, and opening the clamp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from cryo_lib import structures
+from cryo_lib import imaging, structures
+from cryo_lib.atoms import Atoms, centred, with_positions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RNAP = SHARED / "data" / "rnap"
@@ -31,11 +32,11 @@ def bond_lengths(structure):
 
 
 def positions(structure):
-    return np.array([site.atom.pos.tolist() for site in structure[0].all()])
+    return Atoms.of(structure).xyz
 
 
-def ca_of_d(structure, first, stop):
-    return np.array([r["CA"][0].pos.tolist() for r in structure[0]["D"] if first <= r.seqid.num < stop])
+def ca_of(structure, chain, first=0, stop=10_000):
+    return np.array([r["CA"][0].pos.tolist() for r in structure[0][chain] if first <= r.seqid.num < stop])
 
 
 def clashes(structure, distance):
@@ -47,90 +48,58 @@ def clashes(structure, distance):
 
 
 @pytest.fixture(scope="module")
-def claw():
-    return structures.phantom(3, opening=20.0, seed=1)
-
-
-@pytest.fixture(scope="module")
 def rnap():
     closed = structures.read(RNAP / "5uh6.pdb.gz", structures.CHAINS)
     open_ = structures.read(RNAP / "6fbv.pdb.gz", structures.CHAINS)
     return closed, open_, structures.morph(closed, open_, 5)
 
 
-def peptide(n=12, name="C"):
-    """A small helix of alanines in one chain."""
-    structure, chain = gemmi.Structure(), gemmi.Chain(name)
-    for k in range(n):
-        residue = gemmi.Residue()
-        residue.name, residue.seqid, residue.entity_type = "ALA", gemmi.SeqId(k + 1, " "), gemmi.EntityType.Polymer
-        places = (("N", 1.5, -28, -0.9), ("CA", 2.3, 0, 0.0), ("C", 1.7, 27, 1.1), ("O", 2.0, 20, 2.3))
-        for atom_name, radius, turn, z in places:
-            angle = np.radians(100 * k + turn)
-            atom = gemmi.Atom()
-            atom.name, atom.element = atom_name, gemmi.Element(atom_name[0])
-            atom.pos = gemmi.Position(radius * np.cos(angle), radius * np.sin(angle), 1.5 * k + z)
-            residue.add_atom(atom)
-        chain.add_residue(residue)
+def helices(**starts):
+    """Chains of upright helices of 12 alanines that begin at `starts`; residue numbers jump from helix to helix."""
+    structure = gemmi.Structure()
     structure.add_model(gemmi.Model(1))
-    structure[0].add_chain(chain)
+    places = (("N", 1.5, -28, -0.9), ("CA", 2.3, 0, 0.0), ("C", 1.7, 27, 1.1), ("O", 2.0, 20, 2.3))
+    for name, corners in starts.items():
+        chain = gemmi.Chain(name)
+        for helix, k in np.ndindex(len(corners), 12):
+            residue = gemmi.Residue()
+            residue.name, residue.entity_type = "ALA", gemmi.EntityType.Polymer
+            residue.seqid = gemmi.SeqId(100 * helix + k + 1, " ")
+            for atom_name, radius, turn, z in places:
+                angle = np.radians(100 * k + turn)
+                atom = gemmi.Atom()
+                atom.name, atom.element = atom_name, gemmi.Element(atom_name[0])
+                offset = np.array([radius * np.cos(angle), radius * np.sin(angle), 1.5 * k + z])
+                atom.pos = gemmi.Position(*(corners[helix] + offset))
+                residue.add_atom(atom)
+            chain.add_residue(residue)
+        structure[0].add_chain(chain)
     structure.setup_entities()
     return structure
 
 
-# --- the phantom ---------------------------------------------------------------------------------------------------
+def peptide(name="C"):
+    return helices(**{name: [(0, 0, 0)]})
 
 
-def test_phantom_has_the_mass_size_and_chains_of_rna_polymerase(claw):
-    assert 355e3 < structures.mass(claw[0]) < 385e3
-    assert [chain.name for chain in claw[0][0]] == list("ABCDEF")
-    extent = np.sort(np.ptp(positions(claw[0]), axis=0))
-    assert (extent > (85, 100, 130)).all() and (extent < (125, 145, 180)).all()
+def moved(structure, rotation, shift, chains=None):
+    """The structure, or these of its chains, rotated about the origin, then shifted."""
+    chain = np.array([site.chain.name for site in structure[0].all()])
+    xyz, which = positions(structure), np.isin(chain, chains or list(set(chain)))
+    xyz[which] = rotation.apply(xyz[which]) + shift
+    return with_positions(structure, xyz)
 
 
-def test_phantom_is_packed_like_protein(claw):
-    """A point in the interior sees the atoms of protein: about one heavy atom in 17-19 A^3, in a 10 A ball."""
-    tree = cKDTree(positions(claw[0]))
-    counts = tree.query_ball_point(positions(claw[0])[::50], 10.0, return_length=True)
-    density = np.percentile(counts, 80) / (4 / 3 * np.pi * 10.0**3)
-    assert 0.045 < density < 0.075
+HINGE = np.array([10.0, 25.0, 0.0])
+TURN = np.radians(20) * np.array([0.36, 0.48, 0.8])
+AWAY = Rotation.from_euler("ZYZ", [50, 80, 20], degrees=True), np.array([30.0, -9.0, 4.0])
 
 
-def test_phantom_chains_hold_and_atoms_do_not_clash_in_any_conformation(claw):
-    for structure in claw:
-        lengths = bond_lengths(structure)
-        assert len(lengths) > 3000
-        assert np.mean((lengths > 3.6) & (lengths < 4.0)) > 0.99
-        assert clashes(structure, 2.0) <= 5
-
-
-def test_phantom_clamp_opens_by_equal_angles_and_the_core_stays(claw):
-    assert structures.clamp_angle(claw[0], claw[2]) == pytest.approx(20.0, abs=0.2)
-    assert structures.clamp_angle(claw[0], claw[1]) == pytest.approx(10.0, abs=0.2)
-    core = [np.array([r["CA"][0].pos.tolist() for r in s[0]["C"]]) for s in claw]
-    assert np.sqrt(((core[2] - core[0]) ** 2).sum(1).mean()) < 0.3
-    gap = [np.linalg.norm(positions(s), axis=1).mean() for s in claw]
-    assert gap[0] < gap[1] < gap[2]
-
-
-def test_phantom_is_centred_and_made_by_its_seed_alone(claw):
-    centre = np.mean([positions(s).mean(axis=0) for s in claw], axis=0)
-    assert np.abs(centre).max() < 1e-6
-    again = structures.prepare("phantom", 3, seed=1, opening=20.0)
-    assert all(np.array_equal(positions(a), positions(b)) for a, b in zip(claw, again, strict=True))
-
-
-@pytest.mark.parametrize("opening", [0.0, -3.0, 90.0, float("nan")])
-def test_phantom_refuses_an_impossible_opening(opening):
-    with pytest.raises(ValueError, match="opening: expected a finite number > 0.0 and <= 40.0"):
-        structures.phantom(2, opening)
-
-
-def test_fewer_than_two_conformations_are_refused():
-    with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
-        structures.phantom(1)
-    with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
-        structures.morph(peptide(), peptide(), 1)
+def toy(fraction):
+    """A core C and, out of its reach, a clamp D turned by a share of `TURN` about `HINGE`: its motion is known."""
+    core, clamp = ([(x, y, 0) for x in (0, 10, 20) for y in ys] for ys in ((0, 10), (40, 50, 60)))
+    turn = Rotation.from_rotvec(fraction * TURN)
+    return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE), ["D"])
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -145,11 +114,12 @@ def test_4xln_filtered_to_the_polymerase_has_3496_residues():
 
 
 @pytest.mark.parametrize("suffix", [".cif", ".pdb"])
-def test_what_is_written_is_read_back(claw, tmp_path, suffix):
-    path = structures.write(claw[0], tmp_path / f"claw{suffix}")
+def test_what_is_written_is_read_back(tmp_path, suffix):
+    written = toy(1)
+    path = structures.write(written, tmp_path / f"toy{suffix}")
     back = structures.read(path)
-    assert [(c.name, [r.name for r in c]) for c in back[0]] == [(c.name, [r.name for r in c]) for c in claw[0][0]]
-    assert np.abs(positions(back) - positions(claw[0])).max() < 2e-3
+    assert [(c.name, [str(r) for r in c]) for c in back[0]] == [(c.name, [str(r) for r in c]) for c in written[0]]
+    assert np.abs(positions(back) - positions(written)).max() < 2e-3
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -201,31 +171,74 @@ def test_read_explains_a_truncated_file(tmp_path):
 # --- superposing, measuring, opening ---------------------------------------------------------------------------------
 
 
-def moved(structure, rotation, shift):
-    copy = structure.clone()
-    for site, position in zip(copy[0].all(), (positions(structure) @ rotation.T + shift).tolist(), strict=True):
-        site.atom.pos = gemmi.Position(*position)
-    return copy
+def test_superpose_undoes_any_rigid_motion():
+    away = moved(toy(0), *AWAY)
+    assert np.abs(positions(structures.superpose(away, toy(1), "C")) - positions(toy(0))).max() < 1e-6
 
 
-def test_superpose_undoes_any_rigid_motion(claw):
-    rotation = Rotation.from_euler("ZYZ", [50, 80, 20], degrees=True).as_matrix()
-    away = moved(claw[0], rotation, np.array([30.0, -9.0, 4.0]))
-    assert np.abs(positions(structures.superpose(away, claw[0], "C")) - positions(claw[0])).max() < 1e-6
-    assert structures.clamp_angle(away, claw[0]) < 1e-3
+def test_superpose_refuses_another_protein():
+    stranger = peptide()
+    stranger.name = "stranger"
+    for residue in stranger[0]["C"]:
+        residue.name = "GLY"
+    message = r"chain C of .* expected the same protein .* in stranger, got C \(12 residues\)"
+    with pytest.raises(ValueError, match=message):
+        structures.superpose(peptide(), stranger, "C")
 
 
-def test_superpose_refuses_another_protein(claw):
-    with pytest.raises(ValueError, match="chain C of phantom .* expected the same protein .* in stranger, got C"):
-        stranger = peptide()
-        stranger.name = "stranger"
-        structures.superpose(claw[0], stranger, "C")
+def test_chains_with_other_names_are_paired_by_their_residues():
+    renamed = toy(1)
+    renamed[0]["D"].name = "H"
+    assert structures.clamp_angle(toy(0), renamed) == pytest.approx(20.0, abs=1e-6)
 
 
-def test_chains_with_other_names_are_paired_by_their_residues(claw):
-    renamed = claw[1].clone()
-    renamed[0]["F"].name = "H"
-    assert structures.clamp_angle(claw[0], renamed, "C", "F") == structures.clamp_angle(claw[0], claw[1], "C", "F")
+def test_clamp_rotation_is_the_turn_in_the_frame_of_the_second_structure():
+    np.testing.assert_allclose(structures.clamp_rotation(toy(0), toy(1)), TURN, atol=1e-6)
+    away = moved(toy(1), *AWAY)
+    np.testing.assert_allclose(structures.clamp_rotation(toy(0), away), AWAY[0].apply(TURN), atol=1e-6)
+    np.testing.assert_allclose(structures.clamp_rotation(away, toy(0)), -TURN, atol=1e-6)
+    assert structures.clamp_angle(toy(0), away) == pytest.approx(20.0, abs=1e-6)
+
+
+def test_cleft_view_looks_along_the_hinge_with_the_clamp_at_the_top():
+    opened = moved(toy(1), *AWAY)
+    view = structures.cleft_view(toy(0), opened)
+    np.testing.assert_allclose(view @ view.T, np.eye(3), atol=1e-9)
+    assert np.linalg.det(view) == pytest.approx(1.0)
+    np.testing.assert_allclose(view[:, 2], AWAY[0].apply(TURN) / np.linalg.norm(TURN), atol=1e-6)
+    x, y, _ = (ca_of(opened, "D") @ view).mean(axis=0) - (ca_of(opened, "C") @ view).mean(axis=0)
+    assert y < -10.0 and abs(x) < 1e-6  # straight up: rows of an image count downwards
+
+
+def test_views_and_angles_need_both_chains():
+    with pytest.raises(ValueError, match="expected chains C, Q, got a structure without Q; its protein chains are C"):
+        structures.cleft_view(toy(0), toy(1), clamp_chain="Q")
+    only_core = toy(1)
+    only_core[0].remove_chain("D")
+    with pytest.raises(ValueError, match="chain D of .*expected the same protein .*got no other chain"):
+        structures.clamp_angle(toy(0), only_core)
+
+
+def test_morph_turns_a_rigid_clamp_on_its_circle():
+    path = structures.morph(toy(0), moved(toy(1), *AWAY), 3)
+    assert np.array_equal(positions(path[0]), positions(toy(0)))
+    for conformation, fraction in zip(path[1:], (0.5, 1.0), strict=True):
+        assert np.abs(positions(conformation) - positions(toy(fraction))).max() < 0.01
+
+
+def test_residues_that_only_the_closed_structure_has_move_with_their_neighbours():
+    short = toy(1)
+    chain = short[0]["D"]
+    for n in reversed(range(len(chain))):
+        if chain[n].seqid.num // 100 == 4:  # the helix in the middle of the clamp
+            del chain[n]
+    carried = structures.morph(toy(0), short, 2)[-1]
+    assert np.abs(positions(carried) - positions(toy(1))).max() < 0.01
+
+
+def test_morph_refuses_fewer_than_two_conformations():
+    with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
+        structures.morph(toy(0), toy(1), 1)
 
 
 @needs_rnap
@@ -264,7 +277,7 @@ def test_the_path_ends_at_the_two_structures(rnap):
 def test_the_path_is_no_straight_line_and_keeps_the_clamp_rigid(rnap):
     """Half-way along a straight line the clamp shrinks by 1 - cos(half the turn); on the path it keeps its size."""
     closed, _, path = rnap
-    clamp = [ca_of_d(s, 21, 120) for s in (closed, path[2], path[4])]
+    clamp = [ca_of(s, "D", 21, 120) for s in (closed, path[2], path[4])]
 
     def size(x):
         return np.linalg.norm(x - x.mean(axis=0), axis=1).mean()
@@ -274,27 +287,29 @@ def test_the_path_is_no_straight_line_and_keeps_the_clamp_rigid(rnap):
     assert abs(size(clamp[1]) / ends - 1) < 0.2 * (1 - size(line) / ends)
 
 
-@needs_rnap
-def test_residues_that_only_the_closed_structure_has_move_with_their_neighbours(rnap):
-    closed, open_, path = rnap
-    short = open_.clone()
-    chain = short[0]["D"]
-    for n in reversed(range(len(chain))):
-        if 150 <= chain[n].seqid.num < 230:  # an insertion on the clamp
-            del chain[n]
-    carried = structures.morph(closed, short, 2)[-1]
-    assert sum(map(len, carried[0])) == sum(map(len, closed[0]))
-    lengths, sound = bond_lengths(carried), np.abs(bond_lengths(closed) - 3.8) < 0.2
-    assert np.mean(np.abs(lengths[sound] - 3.8) < 0.2) > 0.999
-    before, after, truth = (ca_of_d(s, 150, 230) for s in (closed, carried, path[-1]))
-    assert np.linalg.norm(after - truth, axis=1).mean() < 0.5 * np.linalg.norm(before - truth, axis=1).mean()
+def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_path):
+    closed = structures.write(toy(0), tmp_path / "closed.pdb")
+    opened = structures.write(toy(1), tmp_path / "open.cif")
+    made = structures.prepare("files", 3, closed_file=closed, open_file=opened, chains=["C", "D"])
+    box = np.concatenate([positions(structure) for structure in made])
+    np.testing.assert_allclose(box.max(axis=0), -box.min(axis=0), atol=1e-6)
+    angles = [structures.clamp_angle(made[0], structure) for structure in made]
+    np.testing.assert_allclose(angles, [0, 10, 20], atol=0.05)
+    with pytest.raises(ValueError, match="closed.pdb: expected chains C, X, got a structure without X"):
+        structures.prepare("files", 2, closed_file=closed, open_file=opened, chains=["C", "X"])
 
 
-@needs_rnap
-def test_prepare_from_files_gives_centred_conformations():
-    made = structures.prepare("files", 2, closed_file=RNAP / "5uh6.pdb.gz", open_file=RNAP / "6fbv.pdb.gz")
-    assert np.abs(np.mean([positions(s).mean(axis=0) for s in made], axis=0)).max() < 1e-6
-    assert structures.clamp_angle(*made) == pytest.approx(18.8, abs=0.4)
+def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():
+    """As 4XLN, 150 x 113 x 184 A with its mass off the middle: centred on its mass it would need a wider box."""
+    lopsided = helices(C=[(x, y, 0) for x in (0, 10, 20) for y in (0, 10, 20)], D=[(145, 108, 162)])
+    (structure,) = centred([lopsided])
+    pixel_size, resolution = 4.0, 8.0
+    half = np.ceil((np.ptp(positions(structure), axis=0).max() + resolution) / 2 / pixel_size)
+    n = 2 * int(half) + 1
+    assert imaging.density(structure, n, pixel_size, resolution).shape == (n, n, n)
+    massed = with_positions(lopsided, positions(lopsided) - positions(lopsided).mean(axis=0))
+    with pytest.raises(ValueError, match="box"):
+        imaging.density(massed, n, pixel_size, resolution)
 
 
 def test_prepare_refuses_an_unknown_source_and_missing_files():

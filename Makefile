@@ -1,0 +1,31 @@
+# `make repro` and `make test` do everything; see README.md.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# One thread a process: stages run several trainings side by side, and spinning threads cost more than they bring.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup repro test lab clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: make PYTHON=python3.11 setup")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+repro: setup
+	dvc repro
+	@python -m cryo_lib.tables
+	@python -m cryo_lib.notebooks report
+
+test: setup
+	python -m pytest -q
+
+lab: setup
+	jupyter lab
+
+clean:
+	rm -rf build executed .scratch

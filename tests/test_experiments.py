@@ -1,0 +1,109 @@
+"""Experiments read and write themselves; scales expand to the runs the paper needs."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cryo_lib import experiments, training
+from cryo_lib.experiments import Experiment, Run, expand, read_scale
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALES = sorted((ROOT / "scales").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("text", ["awgn-0.1-none", "awgn-0.05-A_0.3", "clipped-0.1-C_0.1"])
+def test_an_experiment_reads_what_it_writes(text):
+    assert str(Experiment.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("awgn_0.1", "expected protocol-snr-contamination such as awgn-0.1-none"),
+        ("poisson-0.1-none", "protocol: expected one of awgn, clipped, got 'poisson'"),
+        ("awgn-0-none", "snr: expected a finite number > 0, got 0.0"),
+        ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, got 'D'"),
+        ("awgn-0.1-A_1.5", "eps: expected a finite number >= 0 and <= 1, got 1.5"),
+    ],
+)
+def test_a_bad_experiment_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment.parse(text)
+
+
+def test_noise_is_the_experiments_own_repeats_and_differs_between_splits():
+    x = np.random.default_rng(0).random((6, 16, 16), dtype=np.float32)
+    awgn = Experiment.parse("awgn-0.1-none")
+    np.testing.assert_array_equal(awgn.noisy(x, 0, "train"), awgn.noisy(x, 0, "train"))
+    noises = [awgn.noisy(x, seed, split) for seed in (0, 1) for split in experiments.SPLITS]
+    assert len({noise.tobytes() for noise in noises}) == 6
+    clipped = Experiment.parse("clipped-0.1-none").noisy(x, 0, "train")
+    np.testing.assert_array_equal(clipped, np.clip(noises[0], 0, 1))
+
+
+def test_contamination_is_the_experiments_kind_and_fraction():
+    x = np.random.default_rng(0).random((10, 16, 16), dtype=np.float32)
+    cx, cy = Experiment.parse("awgn-0.1-A_0.3").contaminated(x, x, 5)
+    assert (cx != x).any(axis=(1, 2)).sum() == 3 and (cy == x).all()
+    assert Experiment.parse("awgn-0.1-none").contaminated(x, x, 5)[0] is x
+
+
+def test_a_study_expands_to_its_product_with_seeds_outermost():
+    runs = expand({"methods": ["l1_ae", "l2_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0, 1]})
+    assert [(r.method, r.seed) for r in runs] == [("l1_ae", 0), ("l2_ae", 0), ("l1_ae", 1), ("l2_ae", 1)]
+    assert len({r.folder for r in runs}) == 4
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_every_scale_parses_and_its_training_settings_are_valid(path):
+    params = read_scale(path)
+    train = {k: v for k, v in params["train"].items() if k != "device"}
+    training.Settings(**train)
+    assert params["scale"] == path.stem
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_scales_have_equal_keys(path):
+    """Studies may differ in what they list, not in what they are."""
+    assert list(experiments.differing_keys(read_scale(path), read_scale(ROOT / "scales" / "laptop.yaml"))) == []
+
+
+def test_params_is_the_laptop_scale_byte_for_byte():
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "scales" / "laptop.yaml").read_bytes()
+
+
+def test_the_paper_scale_holds_the_papers_numbers():
+    params = read_scale(ROOT / "scales" / "paper.yaml")
+    assert params["structure"] | {"source": "pdb", "closed_entry": "4XLN", "open_entry": "1L9U", "n_conformations": 5} == params["structure"]
+    assert params["data"] | {"image_size": 128, "pixel_size": 1.6, "n_train": 25000, "n_test": 1500} == params["data"]
+    paper = {"width": 64, "batch_size": 20, "k_d": 1, "k_g": 2, "eta_d": 1e-3, "eta_g": 1e-2, "lam": 10, "mu": 10, "decay": 0}
+    assert params["train"] | paper == params["train"]
+    methods = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
+    runs = {name: expand(params["study"][name]) for name in params["studies"]}
+    assert Counter(r.experiment for r in runs["table1"]) == {"awgn-0.1-none": 18, "awgn-0.05-none": 18}
+    assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
+    robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
+    assert Counter(r.experiment for r in runs["contamination"]) == robustness
+    assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in runs.values())
+
+
+def test_bad_parameter_files_are_named(tmp_path):
+    path = tmp_path / "params.yaml"
+    with pytest.raises(FileNotFoundError, match="expected the file .*params.yaml, found nothing; copy one of scales"):
+        read_scale(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        read_scale(path)
+    path.write_text("studies: [s]\nstudy: {s: {methods: [unet], experiments: [awgn-0.1-none], seeds: [0]}}")
+    with pytest.raises(ValueError, match="params.yaml: method: expected one of l2_ae, .* got 'unet'"):
+        read_scale(path)
+    with pytest.raises(ValueError, match="expected the keys methods, experiments and seeds"):
+        expand({"methods": []})
+
+
+@pytest.mark.parametrize("change, error", [({"seed": -1}, ValueError), ({"seed": 0.5}, TypeError), ({"method": "x"}, ValueError)])
+def test_bad_runs_are_refused(change, error):
+    with pytest.raises(error):
+        Run(**({"method": "l1_ae", "experiment": "awgn-0.1-none", "seed": 0} | change))

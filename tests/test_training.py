@@ -1,0 +1,260 @@
+"""Algorithm 1 does what it says: the right losses, exact resume, loud failure, results that do not depend on the workers."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cryo_lib import losses, models, training
+from cryo_lib.experiments import Run
+from cryo_lib.training import Settings, Trainer, TrainingError
+
+SMALL = Settings(width=2, epochs=2, batch_size=4, log_every=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A dataset folder of blobs, as notebook 01 writes it."""
+    rng = np.random.default_rng(0)
+    grid = np.arange(32) - 16
+    for split, n in (("train", 18), ("val", 6)):
+        dx, dy = rng.uniform(-6, 6, (2, n, 1, 1))
+        x = np.exp(-((grid[None, None] - dx) ** 2 + (grid[None, :, None] - dy) ** 2) / 18)
+        np.save(tmp_path / f"x_{split}.npy", x.astype(np.float32))
+    (tmp_path / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 4.0}))
+    return tmp_path
+
+
+@pytest.fixture
+def double():
+    """Double precision, in which rounding cannot hide behind Adam's normalisation of tiny gradients."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def trainer(method="beta_05_05_l1", settings=SMALL, seed=0, n=18):
+    x = np.random.default_rng(1).random((n, 32, 32)).astype(str(torch.get_default_dtype()).removeprefix("torch."))
+    return Trainer(losses.METHODS[method], settings, lambda epoch: (x, x + 0.1), seed, CPU)
+
+
+def weights(path):
+    return models.load(path / "generator.safetensors")[0].state_dict()
+
+
+def assert_same_weights(a, b):
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_an_autoencoder_step_is_adam_on_the_reconstruction_loss(double):
+    """Algorithm 1 without a discriminator, replayed by plain torch."""
+    t = trainer("l2_ae", replace(SMALL, k_g=2))
+    x, y = t.x[:4], t.y[:4]
+    twin = models.ResNetGenerator(32, 2)
+    twin.load_state_dict(t.generator.state_dict())
+    adam = torch.optim.Adam(twin.parameters(), SMALL.eta_g, (SMALL.beta1, SMALL.beta2))
+    for _ in range(2):
+        adam.zero_grad()
+        torch.nn.functional.mse_loss(twin(y), x).backward()
+        adam.step()
+    t.step(x, y)
+    for ours, plain in zip(t.generator.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["js_l1", "wgan_gp_l1"])
+def test_a_gan_step_is_k_d_updates_of_d_then_k_g_of_g(method, double):
+    """Algorithm 1 written out line by line, with G(y) computed anew for every update."""
+    s = replace(SMALL, k_d=2, k_g=2, adversarial_reduction="sum")
+    t = trainer(method, s)
+    x, y = t.x[:4], t.y[:4]
+    g, d = models.ResNetGenerator(32, 2), models.ResNetDiscriminator(32, 2)
+    g.load_state_dict(t.generator.state_dict())
+    d.load_state_dict(t.discriminator.state_dict())
+    adam_g = torch.optim.Adam(g.parameters(), s.eta_g, (s.beta1, s.beta2))
+    adam_d = torch.optim.Adam(d.parameters(), s.eta_d, (s.beta1, s.beta2))
+    mixing = torch.Generator().manual_seed(0)
+    for _ in range(s.k_d):
+        x_hat = g(y).detach()
+        if method == "js_l1":
+            gain = (torch.sigmoid(d(x)).log() + (1 - torch.sigmoid(d(x_hat))).log()).sum() / 4
+        else:
+            mix = torch.rand(4, 1, 1, 1, generator=mixing)
+            gain = (d(x) - d(x_hat)).sum() / 4
+            gain = gain - s.mu * losses.gradient_penalty(d, x, x_hat, mix)
+        adam_d.zero_grad()
+        (-gain).backward()
+        adam_d.step()
+    for _ in range(s.k_g):
+        x_hat = g(y)
+        score = (1 - torch.sigmoid(d(x_hat))).log() if method == "js_l1" else -d(x_hat)
+        adam_g.zero_grad()
+        (score.sum() / 4 + s.lam * (x_hat - x).abs().mean()).backward()
+        adam_g.step()
+    t.step(x, y)
+    for ours, plain in zip([*t.generator.parameters(), *t.discriminator.parameters()], [*g.parameters(), *d.parameters()]):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-5)
+
+
+def test_each_epoch_visits_every_pair_once_in_an_order_of_its_own():
+    t = trainer()
+    orders = [torch.cat(t.epoch_batches(epoch)) for epoch in (0, 1, 0)]
+    assert torch.equal(orders[0].sort().values, torch.arange(18))
+    assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
+
+
+def test_contaminated_minibatches_stay_together():
+    batches = trainer(settings=replace(SMALL, unit="minibatch")).epoch_batches(0)
+    assert sorted(batch.tolist() for batch in batches) == [list(range(i, min(i + 4, 18))) for i in range(0, 18, 4)]
+
+
+def test_rates_fall_linearly_to_zero_over_the_last_share():
+    t = trainer(settings=replace(SMALL, decay=0.5))
+    rates = []
+    for t.iteration in range(t.iterations):
+        t._set_rates()
+        rates.append(t.optimise_g.param_groups[0]["lr"] / SMALL.eta_g)
+    np.testing.assert_allclose(rates, np.minimum(1, (1 - np.arange(10) / 10) / 0.5))
+
+
+def test_batch_norm_statistics_are_those_of_the_present_weights():
+    """After calibration eval mode and training mode agree on a batch that has the calibration images' statistics."""
+    t = trainer(n=100)
+    t.calibrate()
+    y = t.y[:100]
+    with torch.no_grad():
+        t.generator.train()
+        training_mode = t.generator(y)
+        t.calibrate()
+        eval_mode = t.generator.eval()(y)
+    assert (training_mode - eval_mode).abs().mean() < 0.02 * training_mode.std()
+
+
+@pytest.mark.parametrize("method", ["l1_ae", "wgan_gp_l1"])
+def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data, tmp_path):
+    """A process killed by SIGKILL in the middle of training, started again, ends with the same bits."""
+    program = (
+        "import sys, torch; from pathlib import Path; from cryo_lib import training; from cryo_lib.experiments import Run;"
+        "torch.set_num_threads(1);"
+        f"s = training.Settings(width=2, epochs=30, batch_size=4, log_every=5);"
+        f"training.run(Run('{method}', 'awgn-0.5-A_0.3', 3), s, Path({str(data)!r}), Path(sys.argv[1]), Path(sys.argv[2]), 'cpu')"
+    )
+    whole, cut, scratch = tmp_path / "whole", tmp_path / "cut", tmp_path / "scratch"
+    process = subprocess.Popen([sys.executable, "-c", program, str(cut), str(scratch)])
+    deadline = time.monotonic() + 120
+    while not list(scratch.glob("*/state.pt")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not list(cut.rglob("*.safetensors")), "the run ended before it could be killed"
+    for out, state in ((cut, scratch), (whole, tmp_path / "fresh")):
+        subprocess.run([sys.executable, "-c", program, str(out), str(state)], check=True)
+    folder = Run(method, "awgn-0.5-A_0.3", 3).folder
+    assert_same_weights(weights(cut / folder), weights(whole / folder))
+    strip = [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "peak_memory_mib")} for line in (cut / folder / "metrics.jsonl").open()]
+    assert [line["iteration"] for line in strip] == list(range(5, 151, 5))
+
+
+def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
+    tasks = [Run(m, "awgn-0.5-none", s) for m in ("l1_ae", "js_l1") for s in (0, 1)]
+    for workers in (1, 2):
+        training.run_grid(tasks, SMALL, data, tmp_path / str(workers), tmp_path / "scratch", "cpu", workers)
+    for task in tasks:
+        assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
+    assert not list((tmp_path / "scratch").iterdir())
+    assert "4 runs on the CPU" in capsys.readouterr().out
+
+
+def test_seeds_differ_and_repeat(data, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        training.run(Run("l1_ae", "awgn-0.5-none", seed), SMALL, data, tmp_path / out, tmp_path / f"s{out}", "cpu")
+    first, again, other = (next((tmp_path / out).rglob("*.safetensors")).parent for out in "abc")
+    assert_same_weights(weights(first), weights(again))
+    assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(first).items())
+
+
+def test_a_line_of_metrics_says_all_there_is_to_know(data, tmp_path):
+    training.run(Run("js_l1", "clipped-0.5-C_0.5", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu")
+    lines = [json.loads(line) for line in next((tmp_path / "o").rglob("metrics.jsonl")).open()]
+    wanted = {"iteration", "epoch", "progress", "loss_d", "loss_g", "reconstruction", "mse", "psnr", "ssim", "spread"}
+    assert wanted | {"images_per_s", "peak_memory_mib", "device"} == set(lines[-1])
+    assert lines[-1]["progress"] == 1 and [line["iteration"] for line in lines] == [3, 6, 9, 10]
+    card = json.loads(next((tmp_path / "o").rglob("generator.json")).read_text())
+    assert card["run"]["method"] == "js_l1" and card["settings"]["lam"] == 10 and card["width"] == 2
+
+
+def test_training_denoises(data, tmp_path):
+    """A few hundred iterations on blobs beat the noisy input by more than 8 dB."""
+    settings = Settings(width=4, epochs=60, batch_size=6, log_every=90, decay=0.5)
+    values = training.run(Run("beta_05_05_l1", "awgn-0.2-none", 0), settings, data, tmp_path / "o", tmp_path / "s", "cpu")
+    x = np.load(data / "x_val.npy")
+    noisy = 10 * np.log10(0.2 / x.var(axis=(1, 2)).mean())
+    assert values["psnr"] > noisy + 8
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_reason():
+    t = trainer("l2_ae", replace(SMALL, eta_g=0.5))
+    t.generator.last[0].weight.data.fill_(math.nan)
+    with pytest.raises(TrainingError, match=r"loss_g.* not finite at iteration 3 of 10; lower eta_g \(0.5\)"):
+        t.train(_nowhere, lambda model: {"psnr": 1.0, "spread": 1.0})
+
+
+def test_a_collapse_stops_with_the_reason(tmp_path):
+    t = trainer("l1_ae")
+    with pytest.raises(TrainingError, match="the generator has collapsed at iteration 6 of 10: its outputs vary over images by 0.10%"):
+        t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 0.001})
+
+
+class _nowhere:
+    """A checkpoint path that does not exist."""
+
+    @staticmethod
+    def is_file():
+        return False
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"eta_g": "1e-3"}, TypeError, "eta_g: expected a number, got '1e-3' .*in YAML write 1.0e-3"),
+        ({"epochs": 0}, ValueError, "epochs: expected an integer >= 1, got 0"),
+        ({"architecture": "unet"}, ValueError, "architecture: expected one of resnet, got 'unet'"),
+        ({"reconstruction_reduction": "max"}, ValueError, "expected one of mean, sum, got 'max'"),
+        ({"learning_rate": 1}, TypeError, "unexpected keyword argument 'learning_rate'"),
+    ],
+)
+def test_bad_settings_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        Settings(**change)
+
+
+def test_an_unusable_device_is_refused():
+    with pytest.raises((RuntimeError, AssertionError)):
+        training.pick_device("cuda:99")
+
+
+def test_a_gpu_that_torch_cannot_use_is_said_loudly(monkeypatch, tmp_path):
+    """With an nvidia-smi that lists a GPU and a torch that sees none, the CPU is used and a warning says so."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: imaginary'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="nvidia-smi lists a GPU but torch .* cannot use it, so the CPU is used"):
+        assert training.pick_device().type == "cpu"
