@@ -90,16 +90,16 @@ def moved(structure, rotation, shift, chains=None):
     return with_positions(structure, xyz)
 
 
-HINGE = np.array([10.0, 25.0, 0.0])
-TURN = np.radians(20) * np.array([0.36, 0.48, 0.8])
+HINGE, AXIS = np.array([10.0, 25.0, 0.0]), np.array([0.36, 0.48, 0.8])
+TURN, RISE = np.radians(20) * AXIS, 3.0 * AXIS
 AWAY = Rotation.from_euler("ZYZ", [50, 80, 20], degrees=True), np.array([30.0, -9.0, 4.0])
 
 
 def toy(fraction):
-    """A core C and, out of its reach, a clamp D turned by a share of `TURN` about `HINGE`: its motion is known."""
+    """A core C and, out of its reach, a clamp D moved by a share of a known screw: `TURN` about `HINGE`, and `RISE`."""
     core, clamp = ([(x, y, 0) for x in (0, 10, 20) for y in ys] for ys in ((0, 10), (40, 50, 60)))
     turn = Rotation.from_rotvec(fraction * TURN)
-    return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE), ["D"])
+    return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE) + fraction * RISE, ["D"])
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_cleft_view_looks_along_the_hinge_with_the_clamp_at_the_top():
     view = structures.cleft_view(toy(0), opened)
     np.testing.assert_allclose(view @ view.T, np.eye(3), atol=1e-9)
     assert np.linalg.det(view) == pytest.approx(1.0)
-    np.testing.assert_allclose(view[:, 2], AWAY[0].apply(TURN) / np.linalg.norm(TURN), atol=1e-6)
+    np.testing.assert_allclose(view[:, 2], AWAY[0].apply(AXIS), atol=1e-6)
     x, y, _ = (ca_of(opened, "D") @ view).mean(axis=0) - (ca_of(opened, "C") @ view).mean(axis=0)
     assert y < -10.0 and abs(x) < 1e-6  # straight up: rows of an image count downwards
 
@@ -219,7 +219,7 @@ def test_views_and_angles_need_both_chains():
         structures.clamp_angle(toy(0), only_core)
 
 
-def test_morph_turns_a_rigid_clamp_on_its_circle():
+def test_morph_moves_a_rigid_clamp_on_its_screw():
     path = structures.morph(toy(0), moved(toy(1), *AWAY), 3)
     assert np.array_equal(positions(path[0]), positions(toy(0)))
     for conformation, fraction in zip(path[1:], (0.5, 1.0), strict=True):
