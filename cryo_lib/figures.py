@@ -204,7 +204,7 @@ def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
     stages = trace(model)
     shapes = [(1, model.image_size, model.image_size)] + [shape for *_, shape in stages]
     colours = {"in": "#dddddd", "conv": "#7fb2d9", "transposed": "#f0b27a", "residual": "#8cc9a1"}
-    tallest, at, centres = model.image_size, 0.0, []
+    tallest, at, tops = model.image_size, 0.0, []
 
     def slab(shape: tuple[int, ...], colour: str, thickness: float) -> float:
         nonlocal at
@@ -221,27 +221,25 @@ def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
         for _ in range(blocks):
             at += 0.03
             slab(shape, colours["residual"], 0.11)
-        middle = (start + at) / 2
-        centres.append((middle, height, start))
-        text = f"{shape[0]} × {shape[1]}²"
-        ax.text(middle, height / 2 + 0.08, text, ha="center", va="bottom", fontsize=6)
-        if blocks:
-            ax.text(middle, -height / 2 - 0.08, f"{blocks} residual", ha="center", va="top", fontsize=5.5, color="#2e7d4f")
+        middle, bottom = (start + at) / 2, -height / 2 - 0.08
+        tops.append((start + thickness / 2, height / 2))
+        ax.text(middle, bottom, f"{shape[0]} × {shape[1]}²", ha="center", va="top", fontsize=6.5)
+        note = f"+ {blocks} residual" if blocks else ("" if i == 0 else name.replace(", ", ",\n"))
+        ax.text(middle, bottom - 0.22, note, ha="center", va="top", fontsize=5.5, color="#2e7d4f" if blocks else "#333333")
         if i + 1 < len(shapes):
             ax.add_patch(FancyArrowPatch((at + 0.04, 0), (at + 0.42, 0), arrowstyle="-|>", mutation_scale=6, lw=0.7, color="#333333"))
             at += 0.46
     ax.text(at + 0.1, 0, tail, ha="left", va="center", fontsize=6.5)
-    if hasattr(model, "up"):
-        levels = len(model.down)
-        for up in range(1, levels):
-            (x0, h0, _), (x1, h1, s1) = centres[levels - up], centres[levels + up]
-            y = -max(h0, h1) / 2 - 0.3
-            ax.plot([x0, x0, s1 + 0.1, s1 + 0.1], [-h0 / 2 - 0.28, y, y, -h1 / 2], color="#b03a2e", lw=0.8, ls=(0, (3, 1.5)))
-            ax.text((x0 + s1) / 2, y - 0.04, "+ skip (map before ReLU)", fontsize=5.5, color="#b03a2e", ha="center", va="top")
+    for up in range(1, len(getattr(model, "up", [])) + 1):
+        (x0, y0), (x1, y1) = tops[len(model.down) - up], tops[len(model.down) + up]
+        y = max(y0, y1) + 0.3
+        ax.plot([x0, x0, x1], [y0, y, y], color="#b03a2e", lw=0.8, ls=(0, (3, 1.5)))
+        ax.add_patch(FancyArrowPatch((x1, y), (x1, y1), arrowstyle="-|>", mutation_scale=6, lw=0.8, color="#b03a2e", shrinkB=0))
+        ax.text((x0 + x1) / 2, y + 0.03, "skip, added before ReLU", fontsize=5.5, color="#b03a2e", ha="center", va="bottom")
     handles = [Rectangle((0, 0), 1, 1, facecolor=colours[k], edgecolor="#333333", lw=0.5) for k in ("conv", "transposed", "residual")]
     names = ["conv 4×4, stride 2 + BN + ReLU", "transposed conv 4×4, stride 2 + BN + ReLU", "residual block: ReLU(x + BN(conv 3×3 x))"]
     if not hasattr(model, "up"):
         handles, names = handles[::2], names[::2]
-    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=6, handlelength=1)
-    ax.set(xlim=(-0.2, at + 1.3), ylim=(-2.2, 1.7), aspect="equal")
+    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=6, handlelength=1)
+    ax.set(xlim=(-0.3, at + 1.2), ylim=(-1.95, 1.45), aspect="equal")
     ax.set_axis_off()

@@ -240,7 +240,7 @@ class Trainer:
                 self.save_state(checkpoint)
                 started, images, sums = time.perf_counter(), 0, {}
 
-    def calibrate(self, images: int = 400) -> None:
+    def calibrate(self, images: int = 200) -> None:
         """Set the generator's batch-norm statistics to those of its present weights, on the first `images` noisy images.
 
         The moving averages kept during training lag behind weights that change fast and can cost several dB in eval mode.
