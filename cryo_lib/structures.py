@@ -5,6 +5,8 @@ Structures are `gemmi.Structure` objects of one model. Lengths are in Angstrom, 
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +53,8 @@ def prepare(
     source : "phantom" (built in; uses `seed` and `opening`), "pdb" (the two entries, fetched into `cache_dir`) or
         "files" (`closed_file` and `open_file`). One never stands in for another.
     n_conformations : number of structures returned, at least 2.
-    chains, core_chain, clamp_chain : chains kept of the closed structure; the one to superpose on; the one that turns.
+    chains : chains kept of the closed structure.
+    core_chain, clamp_chain : the chain to superpose on, and the one that turns; both structures must have them.
 
     Returns
     -------
@@ -70,6 +73,7 @@ def prepare(
         missing = "closed_file" if closed_file is None else "open_file"
         raise ValueError(f"{missing}: source 'files' needs the path of a coordinate file, got None; set {missing}")
     closed, open_ = read(closed_file, chains), read(open_file)
+    _require(open_, (core_chain, clamp_chain), str(open_file))
     return centred(morph(closed, open_, n_conformations, core_chain=core_chain, clamp_chain=clamp_chain))
 
 
@@ -122,7 +126,8 @@ def read(path: str | Path, chains: Sequence[str] | None = None) -> gemmi.Structu
     Raises
     ------
     FileNotFoundError : no such file.
-    ValueError : unknown suffix, a damaged, empty or protein-free file, or chains that are not in it (those are listed).
+    ValueError : unknown suffix, a damaged, empty or protein-free file, one cut short (a .pdb without its END; a .cif
+        that stops inside a category or lists polymers without atoms), or chains that are not in it (those are listed).
     """
     path = Path(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
@@ -142,10 +147,14 @@ def read(path: str | Path, chains: Sequence[str] | None = None) -> gemmi.Structu
 def _parse(path: Path, form: gemmi.CoorFormat) -> gemmi.Structure:
     """The protein residues (with a CA) of the first model; ValueError if the file is damaged or has none."""
     try:
-        structure = gemmi.read_structure(str(path), format=form)
-    except (RuntimeError, ValueError, IndexError, OSError) as error:  # gemmi's ways to say no
+        text = path.read_bytes()
+        if text.startswith(b"\x1f\x8b"):
+            text = gzip.decompress(text)
+        structure = gemmi.read_structure_string(text, format=form)
+    except (RuntimeError, ValueError, IndexError, OSError, EOFError, zlib.error) as error:  # gemmi's and gzip's no
         raise ValueError(f"{path}: expected a whole coordinate file, got a damaged one ({error}); "
                          "delete it and fetch it again") from error
+    _require_whole(structure, text, form, path)
     structure.setup_entities()
     del structure[1:]
     structure.remove_alternative_conformations()
@@ -159,6 +168,25 @@ def _parse(path: Path, form: gemmi.CoorFormat) -> gemmi.Structure:
     if not len(structure) or not len(structure[0]):
         raise ValueError(f"{path}: expected protein chains, got none; it is empty, truncated or of something else")
     return structure
+
+
+def _require_whole(structure: gemmi.Structure, text: bytes, form: gemmi.CoorFormat, path: Path) -> None:
+    """ValueError if `text` stops before its end mark, or lists polymers (mmCIF _struct_asym) that have no atoms."""
+    last = text.rstrip().rpartition(b"\n")[2]
+    if form == gemmi.CoorFormat.Pdb:
+        mark, whole = "END", last.strip() == b"END"
+    else:  # the PDB closes each category with a '#' line; gemmi's files have none
+        mark, whole = "#", last.startswith(b"#") or b"\n#" not in text
+    if not whole:
+        raise ValueError(f"{path}: expected {mark} as the last line, got {last.decode(errors='replace')!r}: "
+                         f"a file cut short; fetch or copy it again, or, if it is whole, add a line {mark} at its end")
+    listed = {name for entity in structure.entities if entity.entity_type == gemmi.EntityType.Polymer
+              for name in entity.subchains}
+    absent = listed - {part.subchain_id() for model in structure for part in model.subchains()}
+    if absent:
+        raise ValueError(f"{path}: expected atoms of all {len(listed)} polymer chains that it lists, got none of "
+                         f"{', '.join(sorted(absent))}: a file cut short; fetch or copy it again, or, if it is whole, "
+                         "take these out of its _struct_asym table")
 
 
 def _require(structure: gemmi.Structure, chains: Sequence[str], where: str) -> None:
@@ -238,10 +266,16 @@ def cleft_view(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", cl
 
     Raises
     ------
-    ValueError : as `clamp_rotation`; or `b` has no chain of one of these names.
+    ValueError : as `clamp_rotation`; `b` has no chain of one of these names; or the clamp turns by less than 0.1
+        degree, so that it has no hinge to look along.
     """
     z = clamp_rotation(a, b, core_chain, clamp_chain)
-    z /= np.linalg.norm(z)
+    turn = np.linalg.norm(z)
+    if np.degrees(turn) < 0.1:
+        raise ValueError(f"cleft_view: expected the clamp (chain {clamp_chain}) to turn by at least 0.1 degree from "
+                         f"{a.name or 'a'} to {b.name or 'b'}, got {np.degrees(turn):.2g} degrees: no hinge to look "
+                         "along; pass a closed and an open structure")
+    z /= turn
     up = _mean_ca(b, clamp_chain) - _mean_ca(b, core_chain)
     y = -(up - (up @ z) * z)
     y /= np.linalg.norm(y)

@@ -18,6 +18,7 @@ from cryo_lib.atoms import Atoms, centred, with_positions
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RNAP = SHARED / "data" / "rnap"
+RIBOSOME = SHARED / "data" / "ribosome" / "6zu5.cif.gz"
 needs_rnap = pytest.mark.skipif(not RNAP.is_dir(), reason=f"real RNA polymerase structures not found in {RNAP}")
 
 
@@ -168,6 +169,62 @@ def test_read_explains_a_truncated_file(tmp_path):
         structures.read(path)
 
 
+def cut_after(text, mark):
+    """`text` up to the end of the line in which `mark` first occurs."""
+    return text[: text.index("\n", text.index(mark)) + 1]
+
+
+CUT_SHORT = "a file cut short; fetch or copy it again, or, if it is whole, "
+
+
+def test_read_refuses_a_pdb_file_cut_between_its_chains_until_told_that_it_is_whole(tmp_path):
+    text = toy(0).make_pdb_string()
+    path = tmp_path / "cut.pdb"
+    path.write_text(cut_after(text, "TER"))
+    with pytest.raises(ValueError, match=f"cut.pdb: expected END as the last line, got 'TER .*: {CUT_SHORT}add a line"):
+        structures.read(path)
+    path.write_text(cut_after(text, "TER") + "END\n")
+    assert [chain.name for chain in structures.read(path)[0]] == ["C"]
+
+
+@pytest.mark.parametrize("mark", ["ATOM 400 ", "ATOM 719 "])
+def test_read_refuses_a_cif_file_in_the_style_of_the_pdb_cut_in_its_atoms(tmp_path, mark):
+    text = toy(0).make_mmcif_document().as_string(gemmi.cif.Style.Pdbx)
+    path = tmp_path / "cut.cif"
+    path.write_text(cut_after(text, mark))
+    with pytest.raises(ValueError, match=f"cut.cif: expected # as the last line, got '{mark}.*: {CUT_SHORT}add a line"):
+        structures.read(path)
+    path.write_text(text)
+    assert [chain.name for chain in structures.read(path)[0]] == ["C", "D"]
+
+
+def test_read_refuses_a_cif_file_that_lists_a_chain_without_atoms(tmp_path):
+    path = structures.write(toy(0), tmp_path / "cut.cif")
+    path.write_text(cut_after(path.read_text(), "ATOM 200 "))
+    message = f"cut.cif: expected atoms of all 2 polymer chains that it lists, got none of Dxp: {CUT_SHORT}take these"
+    with pytest.raises(ValueError, match=message):
+        structures.read(path)
+
+
+@needs_rnap
+def test_read_refuses_half_of_a_real_pdb_file(tmp_path):
+    text = gzip.decompress((RNAP / "6fbv.pdb.gz").read_bytes())
+    path = tmp_path / "half.pdb"
+    path.write_bytes(text[: text.index(b"\n", len(text) // 2) + 1])
+    with pytest.raises(ValueError, match="half.pdb: expected END as the last line, got 'ATOM "):
+        structures.read(path)
+
+
+@pytest.mark.skipif(not RIBOSOME.is_file(), reason=f"real ribosome structure not found at {RIBOSOME}")
+def test_read_takes_a_whole_cif_file_of_the_pdb_and_refuses_half_of_it(tmp_path):
+    assert len(structures.read(RIBOSOME)[0]) == 71  # the polypeptide strands of its _entity_poly table
+    text = gzip.decompress(RIBOSOME.read_bytes())
+    path = tmp_path / "half.cif"
+    path.write_bytes(text[: text.index(b"\n", len(text) // 2) + 1])
+    with pytest.raises(ValueError, match="half.cif: expected # as the last line, got 'ATOM "):
+        structures.read(path)
+
+
 # --- superposing, measuring, opening ---------------------------------------------------------------------------------
 
 
@@ -208,6 +265,16 @@ def test_cleft_view_looks_along_the_hinge_with_the_clamp_at_the_top():
     np.testing.assert_allclose(view[:, 2], AWAY[0].apply(AXIS), atol=1e-6)
     x, y, _ = (ca_of(opened, "D") @ view).mean(axis=0) - (ca_of(opened, "C") @ view).mean(axis=0)
     assert y < -10.0 and abs(x) < 1e-6  # straight up: rows of an image count downwards
+
+
+def test_cleft_view_refuses_a_clamp_that_does_not_turn():
+    still = moved(toy(0.004), *AWAY)  # 0.08 degree
+    with pytest.raises(ValueError, match=r"expected the clamp \(chain D\) to turn by at least 0.1 degree from a to b, "
+                                         "got 0.08 degrees: no hinge to look along; pass a closed and an open"):
+        structures.cleft_view(toy(0), still)
+    with pytest.raises(ValueError, match="to turn by at least 0.1 degree"):
+        structures.cleft_view(toy(0), toy(0))
+    assert np.linalg.det(structures.cleft_view(toy(0), moved(toy(0.006), *AWAY))) == pytest.approx(1.0)
 
 
 def test_views_and_angles_need_both_chains():
@@ -297,6 +364,9 @@ def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_
     np.testing.assert_allclose(angles, [0, 10, 20], atol=0.05)
     with pytest.raises(ValueError, match="closed.pdb: expected chains C, X, got a structure without X"):
         structures.prepare("files", 2, closed_file=closed, open_file=opened, chains=["C", "X"])
+    core = structures.write(peptide(), tmp_path / "core.cif")
+    with pytest.raises(ValueError, match="core.cif: expected chains C, D, got a structure without D; .* chains are C"):
+        structures.prepare("files", 2, closed_file=closed, open_file=core, chains=["C", "D"])
 
 
 def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():
