@@ -17,6 +17,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 repro: setup
+	@python -m cryo_lib.experiments
 	dvc repro
 	@python -m cryo_lib.tables
 	@python -m cryo_lib.notebooks report

@@ -58,12 +58,12 @@ def contaminate(
     eps = checks.number("eps", eps, low=0, high=1)
     n, block = len(x), 1 if unit == "sample" else checks.integer("batch_size", batch_size, low=1)
 
-    blocks = np.random.default_rng([seed, 0]).permutation(math.ceil(n / block))
+    blocks = np.random.default_rng([seed, 1]).permutation(math.ceil(n / block))
     order = (blocks[:, None] * block + np.arange(block)).ravel()
     # eps = 0.29 is stored as 0.28999...: the small term makes floor(0.29 * 100) the 29 that was meant.
     chosen = np.sort(order[order < n][: math.floor(eps * n + 1e-9)])
 
-    rng = np.random.default_rng([seed, 1, checks.integer("draw", draw, low=0)])
+    rng = np.random.default_rng([seed, 2, checks.integer("draw", draw, low=0)])
     for images, replaced in ((x, kind in "AC"), (y, kind in "BC")):
         if replaced and len(chosen):
             images[chosen] = _pure_noise(rng, noise, len(chosen), images)

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cryo_lib import models, particles
+from cryo_lib import models
+from cryo_lib.particles import ParticleStack, write
 
 
 def denoise_stack(
     model: torch.nn.Module | Callable[[np.ndarray], np.ndarray],
-    stack: particles.ParticleStack | str | Path,
+    particles: ParticleStack | str | Path,
     out: str | Path,
     *,
     batch_size: int = 100,
@@ -25,7 +26,7 @@ def denoise_stack(
     ----------
     model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to the
         same shape.
-    stack : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
+    particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only the
         image reference changes.
 
@@ -33,12 +34,11 @@ def denoise_stack(
     -------
     The path written. ValueError where the images are not of the size the network was built for.
     """
-    if not isinstance(stack, particles.ParticleStack):
-        stack = particles.ParticleStack.open(stack)
+    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles)
     size = getattr(model, "image_size", None)
     if size is not None and tuple(stack.images.shape[1:]) != (size, size):
         raise ValueError(
-            f"stack: this network denoises {size} x {size} px images, got {' x '.join(map(str, stack.images.shape[1:]))}; "
+            f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, stack.images.shape[1:]))}; "
             "rescale or crop the stack explicitly, or train a network for its size"
         )
 
@@ -47,4 +47,4 @@ def denoise_stack(
             y: Any = stack.images[start : start + batch_size]
             yield models.denoise_images(model, y, batch_size) if isinstance(model, torch.nn.Module) else model(y)
 
-    return particles.write(out, denoised(), like=stack)
+    return write(out, denoised(), like=stack)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from cryo_lib import checks, contamination, imaging
 from cryo_lib.losses import METHODS
 
 SPLITS = ("train", "val", "test")
+KEYS = {"scale", "structure", "data", "baselines", "studies", "study", "train", "export"}
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,61 @@ class Experiment:
         if not match:
             raise ValueError(f"experiment: expected protocol-snr-contamination such as awgn-0.1-none or awgn-0.05-A_0.3, got {text!r}")
         protocol, snr, kind, eps = match.groups()
-        return cls(protocol, float(snr), kind or "none", float(eps or 0))
+        try:
+            experiment = cls(protocol, float(snr), kind or "none", float(eps or 0))
+        except ValueError as error:
+            raise ValueError(f"experiment {text!r}: {error}") from error
+        if str(experiment) != text:
+            raise ValueError(f"experiment: expected the form {str(experiment)!r}, got {text!r}; names are keys, so one form is valid")
+        return experiment
 
     def __str__(self) -> str:
         kind = "none" if self.kind == "none" else f"{self.kind}_{self.eps:g}"
         return f"{self.protocol}-{self.snr:g}-{kind}"
-
-    def noisy(self, x: Any, data_seed: int, split: str) -> np.ndarray:
-        """The noisy images of a split, Eq. (1): the same for every run of the experiment, other noise for other splits."""
-        split_seed = len(SPLITS) * data_seed + SPLITS.index(checks.choice("split", split, SPLITS))
-        return imaging.add_noise(x, self.snr, split_seed, self.protocol)
 
     def contaminated(self, x: Any, y: Any, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The training pairs after contamination, Eq. (2); `options` are those of `contamination.contaminate`."""
         if self.kind == "none":
             return x, y
         return contamination.contaminate(x, y, self.kind, self.eps, seed, **options)[:2]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The simulated images of a scale, as notebook 01 writes them: `x_{train,val,test}.npy`, `poses.npz`, `card.json`.
+
+    Attributes
+    ----------
+    folder : where they lie; FileNotFoundError, when something is read, where they do not.
+    """
+
+    folder: Path
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """Image size, pixel size (A), resolution (A), the data's seed, and the digests of the images."""
+        return json.loads(self._file("card.json").read_text())
+
+    @property
+    def poses(self) -> dict[str, np.ndarray]:
+        """`<split>_rotations` `(n, 3, 3)` and `<split>_conformations` `(n,)`."""
+        return dict(np.load(self._file("poses.npz")))
+
+    def clean(self, split: str) -> np.ndarray:
+        """The references of a split, `(n, h, w)` float32 in [0, 1]."""
+        return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"))
+
+    def pairs(self, split: str, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
+        """References and noisy images of a split, Eq. (1): the same for every run, with noise of its own for each split."""
+        x = self.clean(split)
+        seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
+        return x, imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
+
+    def _file(self, name: str) -> Path:
+        path = Path(self.folder, name)
+        if not path.is_file():
+            raise FileNotFoundError(f"data: expected {path}, found nothing; make it with `dvc repro projections` (notebooks 00 and 01)")
+        return path
 
 
 @dataclass(frozen=True)
@@ -85,9 +127,11 @@ class Run:
 
 def expand(study: dict[str, Any]) -> list[Run]:
     """The runs of a study `{methods, experiments, seeds}`, seeds outermost, so that a first result of everything comes early."""
-    missing = {"methods", "experiments", "seeds"} ^ set(study)
-    if missing:
-        raise ValueError(f"study: expected the keys methods, experiments and seeds, got {sorted(study)}")
+    if set(study) != {"methods", "experiments", "seeds"}:
+        raise ValueError(f"study: expected the keys methods, experiments and seeds, got {', '.join(sorted(study))}")
+    for name, values in study.items():
+        if len(set(values)) != len(values):
+            raise ValueError(f"study: {name} are listed twice, got {values}")
     return [
         Run(method, experiment, seed)
         for seed in study["seeds"]
@@ -97,11 +141,11 @@ def expand(study: dict[str, Any]) -> list[Run]:
 
 
 def read_scale(path: str | Path) -> dict[str, Any]:
-    """Read a parameter file (`params.yaml`, `scales/*.yaml`) and check that every study in it expands.
+    """Read a parameter file (`params.yaml`, `scales/*.yaml`) and check it: its keys, its studies, its experiments.
 
     Raises
     ------
-    FileNotFoundError, ValueError : no such file, not YAML, an unknown method or experiment, a study without its entry.
+    FileNotFoundError, ValueError : no such file, not YAML, a key missing or unknown, an unknown method or experiment.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,8 +155,14 @@ def read_scale(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"parameters {path}: not valid YAML: {error}") from error
     try:
-        for name in params["studies"]:
-            expand(params["study"][name])
+        if wrong := sorted(KEYS ^ set(params)):
+            raise ValueError(f"expected the sections {', '.join(sorted(KEYS))}; missing or unknown: {', '.join(wrong)}")
+        if params["studies"] != list(params["study"]):
+            raise ValueError(f"studies lists {params['studies']}, expected the entries of study: {list(params['study'])}")
+        for study in params["study"].values():
+            expand(study)
+        for name in params["baselines"]["baseline_experiments"]:
+            Experiment.parse(name)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params
@@ -126,3 +176,12 @@ def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:
         yield f"{where}{key}"
     for key in sorted(set(a) & set(b)):
         yield from differing_keys(a[key], b[key], f"{where}{key}.")
+
+
+if __name__ == "__main__":
+    try:
+        scale = read_scale("params.yaml")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    runs = {name: len(expand(study)) for name, study in scale["study"].items()}
+    print(f"Scale {scale['scale']!r}: {sum(runs.values())} trainings ({', '.join(f'{n} {name}' for name, n in runs.items())})")

@@ -132,7 +132,7 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     n = len(volume)
     rotation = np.eye(3) if rotation is None else rotation
     centre = n // 2
-    side = (np.arange(pixels) + 0.5) * n / pixels - centre
+    side = (np.arange(pixels) + 0.5) * n / pixels - 0.5 - centre
     depth = np.arange(-centre, centre, 0.5)
     smooth = gaussian_filter(volume.astype(np.float32), 0.7)
 

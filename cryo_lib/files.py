@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,20 +40,23 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-    except OSError as error:
+    except Exception as error:
         raise _explained(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _explained(error: OSError, path: Path) -> OSError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = f"the disk is full; free space on the file system of {path.parent} and run again"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+def _explained(error: Exception, path: Path) -> Exception:
+    """The error with the way out where the disk is full (whatever a writer calls that) or closed; itself otherwise."""
+    number = getattr(error, "errno", None)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or (path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16)
+    if full:
+        number, advice = errno.ENOSPC, f"the disk is full; free space on the file system of {path.parent} and run again"
+    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = f"{path.parent} is not writable; choose another folder or change its permissions"
     else:
         return error
-    return OSError(error.errno, f"could not write {path}: {advice} (nothing half-written was left)")
+    return OSError(number, f"could not write {path}: {advice} (nothing half-written was left)")
 
 
 def write_text(path: str | Path, text: str) -> Path:

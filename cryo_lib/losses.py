@@ -54,7 +54,7 @@ class _ScoreReal(torch.autograd.Function):
 def score_real(logits: Tensor, alpha: float, beta: float) -> Tensor:
     """S(t, 1) = -int_t^1 c^(alpha-1) (1-c)^beta dc at t = sigmoid(logits), Eq. (5).
 
-    Computed in logit space, where dS/dz = t^alpha (1-t)^(beta+1): exact for every finite logit, no clamp.
+    Computed in logit space, where dS/dz = t^alpha (1-t)^(beta+1): exact to rounding for every logit, no clamp.
 
     Parameters
     ----------
@@ -84,12 +84,15 @@ def score_fake(logits: Tensor, alpha: float, beta: float) -> Tensor:
     return _ScoreReal.apply(-logits, beta, alpha)
 
 
-def gradient_penalty(discriminator: torch.nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(
+    discriminator: torch.nn.Module, real: Tensor, fake: Tensor, mix: Tensor, reduction: str = "mean"
+) -> Tensor:
     """Mean over images of (||grad D(x~)||_2 - 1)^2 at x~ = mix * real + (1 - mix) * fake, Eq. (8).
 
     Parameters
     ----------
-    discriminator : its scores are averaged over patches, then differentiated with respect to each image.
+    discriminator : its score of an image, the `reduction` ("mean" or "sum") of its patch scores, is differentiated with
+        respect to the image. With batch norm in it an image's score depends a little on the others of its batch too.
     real, fake : (n, 1, h, w), detached from any graph.
     mix : (n, 1, 1, 1) uniform on [0, 1].
 
@@ -98,7 +101,7 @@ def gradient_penalty(discriminator: torch.nn.Module, real: Tensor, fake: Tensor,
     Scalar tensor with a graph to the discriminator's weights. Source: Gulrajani et al. 2017.
     """
     between = (mix * real + (1 - mix) * fake).requires_grad_()
-    scores = discriminator(between).mean(dim=(1, 2, 3)).sum()
+    scores = len(real) * reduce_images(discriminator(between), reduction)
     (slope,) = torch.autograd.grad(scores, between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 

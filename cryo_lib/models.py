@@ -165,11 +165,12 @@ def denoise_images(model: torch.nn.Module, y: Any, batch_size: int = 100) -> np.
 
 
 def save(path: str | Path, generator: nn.Module, card: dict[str, Any]) -> Path:
-    """Write `path` (safetensors) and the card beside it (`.json`), each atomically, the weights last.
+    """Write `path` (safetensors) and the card beside it (`.json`), each atomically; never new ones beside old ones.
 
     `card` must hold `architecture`, `image_size` and `width`, from which `load` rebuilds the generator.
     """
     path = Path(path)
+    path.unlink(missing_ok=True)
     write_json(path.with_suffix(".json"), card)
     with atomic(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}, temporary)

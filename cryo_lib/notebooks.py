@@ -49,14 +49,20 @@ def declared(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
 
-def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise NotebookError for a parameter that the notebook does not declare, or of another type than its default."""
+def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any], complete: bool = False) -> None:
+    """Raise NotebookError for a parameter that the notebook does not declare, or of another type than its default.
+
+    With `complete` also for one that is not given: a parameter file that lacks a key must not fall back on a default.
+    """
+    missing = sorted(set(known) - set(given)) if complete else []
+    if missing:
+        raise NotebookError(f"{name}: expected all of its parameters, {', '.join(missing)} not given; add to the section or pass with -p")
     for key, value in given.items():
         if key not in known:
             raise NotebookError(f"{name}: unknown parameter {key!r}; it declares {', '.join(sorted(known))}")
         default = known[key]
         number = type(default) is float and type(value) is int
-        if default is not None and value is not None and type(value) is not type(default) and not number:
+        if default is not None and type(value) is not type(default) and not number:
             raise NotebookError(
                 f"{name}: parameter {key!r} expects {type(default).__name__} (such as {default!r}), "
                 f"got {value!r} ({type(value).__name__}); in YAML write 1.0e-3, not 1e-3"
@@ -75,8 +81,10 @@ def section(params: dict[str, Any], dotted: str) -> dict[str, Any]:
     return value
 
 
-def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any]) -> Path:
+def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], complete: bool = False) -> Path:
     """Execute `notebook` with papermill and `parameters`, streaming what it prints; the executed copy goes to `out`.
+
+    `complete` as in `check_parameters`.
 
     Raises
     ------
@@ -90,7 +98,7 @@ def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any]) -> Pa
     notebook, out = Path(notebook), Path(out)
     if not notebook.is_file():
         raise NotebookError(f"{notebook}: no such notebook; there are {', '.join(map(str, sorted(notebook.parent.glob('*.ipynb'))))}")
-    check_parameters(notebook.name, declared(nbformat.read(notebook, as_version=4), notebook.name), parameters)
+    check_parameters(notebook.name, declared(nbformat.read(notebook, as_version=4), notebook.name), parameters, complete)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
@@ -152,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("notebook")
     command.add_argument("out")
     command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, VALUE as YAML")
-    command.add_argument("-s", action="append", default=[], metavar="SECTION", help="all parameters of a section, such as study.table1")
+    command.add_argument("-s", action="append", default=[], metavar="SECTION", help="all parameters of a section, such as study.table1; then none may be missing")
     command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
     command = commands.add_parser("export", help="write each notebook's code to a .py file")
     command.add_argument("notebooks")
@@ -167,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
             parameters: dict[str, Any] = {}
             for name in options.s:
                 parameters |= section(yaml.safe_load(Path(options.params).read_text()), name)
-            run(options.notebook, options.out, parameters | {name: yaml.safe_load(value) for name, value in options.p})
+            parameters |= {name: yaml.safe_load(value) for name, value in options.p}
+            run(options.notebook, options.out, parameters, complete=bool(options.s))
         elif options.command == "export":
             export(options.notebooks, options.build)
         elif options.command == "report":

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryo_lib import checks, contamination, losses, metrics, models
-from cryo_lib.experiments import Experiment, Run
+from cryo_lib import checks, contamination, experiments, imaging, losses, metrics, models
+from cryo_lib.experiments import Dataset, Experiment, Run
 from cryo_lib.files import atomic, write_text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything Algorithm 1 leaves to choose; the defaults are the paper's.
+    """Everything Algorithm 1 leaves to choose; what the paper states is the default.
 
     Attributes
     ----------
@@ -42,6 +42,7 @@ class Settings:
     reconstruction_reduction, adversarial_reduction : "mean" or "sum" over an image's pixels, and over its patch scores.
     noise, unit, redraw : of the contamination (see `contamination.contaminate`); redraw gives fresh noise every epoch.
     log_every : iterations between two lines of metrics and checkpoints.
+    calibration : noisy images that batch norm's statistics are taken from before each evaluation; 0 keeps its moving averages.
     """
 
     architecture: str = "resnet"
@@ -63,6 +64,7 @@ class Settings:
     unit: str = "sample"
     redraw: bool = False
     log_every: int = 250
+    calibration: int = 200
 
     def __post_init__(self) -> None:
         checks.choice("architecture", self.architecture, models.GENERATORS)
@@ -70,6 +72,7 @@ class Settings:
             checks.integer(name, getattr(self, name), low=1)
         for name in ("eta_d", "eta_g"):
             checks.number(name, getattr(self, name), above=0)
+        checks.integer("calibration", self.calibration, low=0)
         checks.number("decay", self.decay, low=0, high=1)
         for name in ("lam", "mu"):
             checks.number(name, getattr(self, name), low=0)
@@ -206,14 +209,20 @@ class Trainer:
         loss = -losses.reduce_images(real, self.settings.adversarial_reduction) - self._adversarial(x_hat)
         if self.method.adversary == "wgan_gp":
             mix = torch.rand(len(x), 1, 1, 1, generator=self.mixing).to(self.device)
-            loss = loss + self.settings.mu * losses.gradient_penalty(self.discriminator, x, x_hat, mix)
+            penalty = losses.gradient_penalty(self.discriminator, x, x_hat, mix, self.settings.adversarial_reduction)
+            loss = loss + self.settings.mu * penalty
         self.optimise_d.zero_grad(set_to_none=True)
         loss.backward()
         self.optimise_d.step()
         return loss.detach()
 
-    def train(self, checkpoint: Path, validate: Callable[[torch.nn.Module], dict[str, float]]) -> None:
-        """Run (or go on) to the end: every `log_every` iterations a line of metrics and a checkpoint.
+    def train(
+        self,
+        checkpoint: Path,
+        validate: Callable[[torch.nn.Module], dict[str, float]],
+        report: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+    ) -> None:
+        """Run (or go on) to the end: every `log_every` iterations a line of metrics, a checkpoint, and a call of `report`.
 
         Raises
         ------
@@ -238,16 +247,18 @@ class Trainer:
                 self.calibrate()
                 self._log(means, validate(self.generator), speed)
                 self.save_state(checkpoint)
+                report(self.history)
                 started, images, sums = time.perf_counter(), 0, {}
 
-    def calibrate(self, images: int = 200) -> None:
-        """Set the generator's batch-norm statistics to those of its present weights, on the first `images` noisy images.
+    def calibrate(self) -> None:
+        """Set the generator's batch-norm statistics to those of its present weights, on the first `calibration` noisy images.
 
         The moving averages kept during training lag behind weights that change fast and can cost several dB in eval mode.
         Training itself uses each minibatch's own statistics and is not touched. Source: Wu and Johnson 2021 ("precise BN").
         """
         self.generator.train()
-        torch.optim.swa_utils.update_bn(self.y[:images].split(100), self.generator)
+        if self.settings.calibration:
+            torch.optim.swa_utils.update_bn(self.y[: self.settings.calibration].split(100), self.generator)
 
     def _log(self, means: dict[str, float], validation: dict[str, float], images_per_s: float) -> None:
         at = f"iteration {self.iteration} of {self.iterations}"
@@ -297,6 +308,8 @@ class Trainer:
 
 
 def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dict[str, float]]:
+    if len(x) < 2:
+        raise ValueError(f"x_val: expected at least 2 images to watch the training on, got {len(x)}; raise n_val")
     spread = x.std(axis=0).mean()
 
     def validate(model: torch.nn.Module) -> dict[str, float]:
@@ -310,47 +323,54 @@ def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dic
 
 
 def run(task: Run, settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto") -> dict[str, Any]:
-    """Train one run and write `generator.safetensors`, its card and `metrics.jsonl` below `out`; the card's metrics.
+    """Train one run and write `generator.safetensors`, its card and `metrics.jsonl` below `out`; its last validation metrics.
 
-    The state lives in `scratch` under a hash of the whole configuration and the data's digests, so that a repeated call
-    after any interruption goes on where it stopped, and never from the state of another configuration.
+    The state, and the lines of metrics while it runs, live in `scratch` under a hash of the configuration, the data's
+    digests and the code, so that a repeated call after any interruption goes on where it stopped, and never from the state
+    of something else. A line is printed every 10 s or so.
 
     Parameters
     ----------
-    data : folder with `x_{train,val}.npy` `(n, h, w)` float32 in [0, 1] and `card.json` (holds the data seed).
+    data : folder of an `experiments.Dataset`.
     """
-    chosen = pick_device(device)
-    configuration = _configuration(task, settings, data)
-    experiment, card = Experiment.parse(task.experiment), configuration["data"]
-    data_seed, final = card["seed"], out / task.folder
-
-    x = np.load(data / "x_train.npy")
-    y = experiment.noisy(x, data_seed, "train")
+    chosen, dataset = pick_device(device), Dataset(Path(data))
+    configuration = _configuration(task, settings, dataset, chosen)
+    state, final = _state(scratch, configuration), out / task.folder
+    experiment = Experiment.parse(task.experiment)
+    x, y = dataset.pairs("train", experiment)
     options = {"noise": settings.noise, "unit": settings.unit, "batch_size": settings.batch_size}
 
     def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
 
-    x_val = np.load(data / "x_val.npy")
+    printed = time.monotonic()
+
+    def report(history: list[dict[str, Any]]) -> None:
+        nonlocal printed
+        write_text(state / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        if time.monotonic() - printed > 10:
+            printed, last = time.monotonic(), history[-1]
+            print(f"{task.folder}: {last['progress']:.0%}, PSNR {last['psnr']:.2f} dB, {last['images_per_s']:.0f} images/s", flush=True)
+
     trainer = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen)
     try:
-        trainer.train(_state(scratch, configuration) / "state.pt", _validation(x_val, experiment.noisy(x_val, data_seed, "val")))
+        trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report)
     except TrainingError as error:
-        raise TrainingError(f"{task.folder}: {error}") from error
+        raise TrainingError(f"{task.folder}: {error}; its metrics are in {state}") from error
     last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
     write_text(final / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.history))
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
-    models.save(
-        final / "generator.safetensors",
-        trainer.generator,
-        network | {"pixel_size": card["pixel_size"], "validation": last, "torch": torch.__version__} | configuration,
-    )
+    card = network | {"pixel_size": configuration["data"]["pixel_size"], "validation": last} | configuration
+    models.save(final / "generator.safetensors", trainer.generator, card)
     return last
 
 
-def _configuration(task: Run, settings: Settings, data: Path) -> dict[str, Any]:
-    """All that a run's result depends on; the data by the digests in its card."""
-    return {"run": asdict(task), "settings": asdict(settings), "data": json.loads((data / "card.json").read_text())}
+def _configuration(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    """All that a run's result depends on: the data by the digests in its card, the code by a digest of its source."""
+    modules = (checks, contamination, experiments, imaging, losses, metrics, models)
+    source = b"".join(Path(file).read_bytes() for file in (*(m.__file__ for m in modules), __file__))
+    code = {"torch": torch.__version__, "device": device.type, "source": hashlib.sha256(source).hexdigest()}
+    return {"run": asdict(task), "settings": asdict(settings), "data": dataset.card, "code": code}
 
 
 def _state(scratch: Path, configuration: dict[str, Any]) -> Path:
@@ -384,9 +404,8 @@ def run_grid(
     print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
     arguments = [(task, settings, Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
     started = time.perf_counter()
-    if workers == 1:
-        finished = ((task, run(*a)) for task, a in zip(tasks, arguments))
-        _report(finished, len(tasks), started)
+    if chosen.type != "cpu":
+        _report(((a[0], run(*a)) for a in arguments), len(tasks), started)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_worker, *a): a[0] for a in arguments}
@@ -396,7 +415,7 @@ def run_grid(
                 pool.shutdown(cancel_futures=True)
                 raise
     for task in tasks:
-        shutil.rmtree(_state(Path(scratch), _configuration(task, settings, Path(data))), ignore_errors=True)
+        shutil.rmtree(_state(Path(scratch), _configuration(task, settings, Dataset(Path(data)), chosen)), ignore_errors=True)
 
 
 def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, started: float) -> None:

@@ -54,7 +54,7 @@ def test_a_network_in_training_mode_is_used_in_eval_mode_and_left_as_it_was(stac
 
 
 def test_a_stack_of_another_box_is_refused(stack, tmp_path):
-    with pytest.raises(ValueError, match="this network denoises 40 x 40 px images, got 32 x 32"):
+    with pytest.raises(ValueError, match="particles: this network denoises 40 x 40 px images, got 32 x 32"):
         denoising.denoise_stack(models.ResNetGenerator(40, 2), stack[0], tmp_path / "d.star")
     assert not (tmp_path / "d.star").exists() and not (tmp_path / "d.mrcs").exists()
 

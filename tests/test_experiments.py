@@ -1,5 +1,6 @@
 """Experiments read and write themselves; scales expand to the runs the paper needs."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from cryo_lib import experiments, training
-from cryo_lib.experiments import Experiment, Run, expand, read_scale
+from cryo_lib.experiments import Dataset, Experiment, Run, expand, read_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
@@ -25,6 +26,8 @@ def test_an_experiment_reads_what_it_writes(text):
         ("poisson-0.1-none", "protocol: expected one of awgn, clipped, got 'poisson'"),
         ("awgn-0-none", "snr: expected a finite number > 0, got 0.0"),
         ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, got 'D'"),
+        ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
+        ("awgn-0.1.2-none", "experiment 'awgn-0.1.2-none': could not convert string to float"),
         ("awgn-0.1-A_1.5", "eps: expected a finite number >= 0 and <= 1, got 1.5"),
     ],
 )
@@ -33,14 +36,26 @@ def test_a_bad_experiment_is_named(text, message):
         Experiment.parse(text)
 
 
-def test_noise_is_the_experiments_own_repeats_and_differs_between_splits():
+def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_data_seeds(tmp_path):
     x = np.random.default_rng(0).random((6, 16, 16), dtype=np.float32)
-    awgn = Experiment.parse("awgn-0.1-none")
-    np.testing.assert_array_equal(awgn.noisy(x, 0, "train"), awgn.noisy(x, 0, "train"))
-    noises = [awgn.noisy(x, seed, split) for seed in (0, 1) for split in experiments.SPLITS]
+    for split in experiments.SPLITS:
+        np.save(tmp_path / f"x_{split}.npy", x)
+    data, awgn = Dataset(tmp_path), Experiment.parse("awgn-0.1-none")
+    noises = []
+    for seed in (0, 1):
+        (tmp_path / "card.json").write_text(json.dumps({"seed": seed}))
+        noises += [data.pairs(split, awgn)[1] for split in experiments.SPLITS]
+        np.testing.assert_array_equal(data.pairs("train", awgn)[1], noises[3 * seed])
     assert len({noise.tobytes() for noise in noises}) == 6
-    clipped = Experiment.parse("clipped-0.1-none").noisy(x, 0, "train")
-    np.testing.assert_array_equal(clipped, np.clip(noises[0], 0, 1))
+    clipped = data.pairs("train", Experiment.parse("clipped-0.1-none"))[1]
+    np.testing.assert_array_equal(clipped, np.clip(noises[3], 0, 1))
+
+
+def test_missing_data_are_named_with_the_way_to_make_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data: expected .*x_test.npy, found nothing; make it with `dvc repro projections`"):
+        Dataset(tmp_path).clean("test")
+    with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'all'"):
+        Dataset(tmp_path).clean("all")
 
 
 def test_contamination_is_the_experiments_kind_and_fraction():
@@ -59,8 +74,7 @@ def test_a_study_expands_to_its_product_with_seeds_outermost():
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
 def test_every_scale_parses_and_its_training_settings_are_valid(path):
     params = read_scale(path)
-    train = {k: v for k, v in params["train"].items() if k != "device"}
-    training.Settings(**train)
+    training.Settings(**params["train"])
     assert params["scale"] == path.stem
 
 
@@ -96,11 +110,29 @@ def test_bad_parameter_files_are_named(tmp_path):
     path.write_text("a: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         read_scale(path)
-    path.write_text("studies: [s]\nstudy: {s: {methods: [unet], experiments: [awgn-0.1-none], seeds: [0]}}")
-    with pytest.raises(ValueError, match="params.yaml: method: expected one of l2_ae, .* got 'unet'"):
-        read_scale(path)
-    with pytest.raises(ValueError, match="expected the keys methods, experiments and seeds"):
+    laptop = (ROOT / "scales" / "laptop.yaml").read_text()
+    for old, new, message in [
+        ("js_l1", "unet", "params.yaml: method: expected one of l2_ae, .* got 'unet'"),
+        ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
+        ("studies: [table1,", "studies: [", "expected the entries of study"),
+        ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
+    ]:
+        assert old in laptop
+        path.write_text(laptop.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            read_scale(path)
+    with pytest.raises(ValueError, match="expected the keys methods, experiments and seeds, got methods"):
         expand({"methods": []})
+
+
+def test_the_readme_counts_the_runs_of_each_scale():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for path in SCALES:
+        params = read_scale(path)
+        runs = sum(len(expand(study)) for study in params["study"].values())
+        (row,) = [line for line in lines if line.startswith(f"| `{path.stem}` |")]
+        assert f"{runs} runs" in row and f"{params['data']['n_train']:,} pairs" in row and f"{params['data']['image_size']} px" in row
 
 
 @pytest.mark.parametrize("change, error", [({"seed": -1}, ValueError), ({"seed": 0.5}, TypeError), ({"method": "x"}, ValueError)])

@@ -28,6 +28,14 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_writer_with_its_own_words_for_a_full_disk_is_explained_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: files.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        with files.atomic(tmp_path / "a.pt"):
+            raise RuntimeError("unexpected pos 64 vs 0")
+    assert "unexpected pos" in str(caught.value.__cause__) and list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_no_folder_is_an_error(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(OSError):

@@ -86,8 +86,20 @@ def test_gradient_penalty_of_a_linear_critic_is_its_slope():
             return slope * images[:, :, :1, :1]
 
     real, fake = torch.rand(5, 1, 4, 4), torch.rand(5, 1, 4, 4)
-    penalty = losses.gradient_penalty(Critic(), real, fake, torch.rand(5, 1, 1, 1))
-    assert penalty.item() == pytest.approx((slope - 1) ** 2, rel=1e-5)
+    for reduction in ("mean", "sum"):
+        penalty = losses.gradient_penalty(Critic(), real, fake, torch.rand(5, 1, 1, 1), reduction)
+        assert penalty.item() == pytest.approx((slope - 1) ** 2, rel=1e-5)
+
+
+def test_gradient_penalty_is_of_the_reduction_that_the_critic_maximises():
+    class Critic(torch.nn.Module):
+        def forward(self, images):
+            return images  # 16 patch scores, each of slope 1 to its own pixel
+
+    images = torch.rand(3, 1, 4, 4)
+    for reduction, slope in (("mean", 4 / 16), ("sum", 4.0)):
+        penalty = losses.gradient_penalty(Critic(), images, images, torch.rand(3, 1, 1, 1), reduction)
+        assert penalty.item() == pytest.approx((slope - 1) ** 2, rel=1e-5)
 
 
 def test_reductions_differ_by_the_number_of_elements():

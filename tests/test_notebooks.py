@@ -46,12 +46,22 @@ def test_a_failing_cell_is_one_line_with_the_way_to_it(notebook, capsys):
         ({"n": "one"}, r"parameter 'n' expects int \(such as 1\), got 'one' \(str\)"),
         ({"rate": "1e-3"}, "parameter 'rate' expects float .* in YAML write 1.0e-3, not 1e-3"),
         ({"n": True}, "expects int"),
+        ({"name": None}, r"parameter 'name' expects str \(such as 'x'\), got None"),
     ],
 )
 def test_unknown_and_mistyped_parameters_are_refused_before_anything_runs(notebook, given, message):
     with pytest.raises(NotebookError, match=message):
         notebooks.run(notebook, notebook.parent / "out.ipynb", given)
     assert not (notebook.parent / "out.ipynb").exists()
+
+
+def test_with_a_section_no_parameter_may_be_missing(notebook, capsys):
+    params = notebook.parent / "params.yaml"
+    params.write_text("s: {n: 1, rate: 0.5}")
+    command = ["run", str(notebook), str(notebook.parent / "out.ipynb"), "-s", "s", "--params", str(params)]
+    assert notebooks.main(command) == 1
+    assert "a.ipynb: expected all of its parameters, name not given" in capsys.readouterr().err
+    assert notebooks.main([*command, "-p", "name", "y"]) == 0
 
 
 def test_an_integer_serves_for_a_float(notebook):
@@ -99,6 +109,8 @@ def test_a_committed_notebook_keeps_the_house_rules(path, tmp_path):
     code = [c for c in cells if c.cell_type == "code"]
     assert cells[0].cell_type == "markdown" and {"**Makes**", "**Costs**"} <= {w for w in ("**Makes**", "**Costs**") if w in cells[0].source}
     assert code[0] is cells[1] and code[0].metadata["tags"] == ["parameters"] and "enter_root()" in code[1].source
+    for line in code[0].source.splitlines():
+        assert "  # " in line, f"a parameter without a comment: {line}"
     assert len(code) <= 15
     for cell in code[1:]:
         assert len(cell.source.splitlines()) <= 20, cell.source

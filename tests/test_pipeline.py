@@ -162,7 +162,7 @@ def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
     nbformat.write(edited, path)
     done = repro(folder, "--allow-missing", "figure3a@ci")
     assert done.returncode == 0 and "edited" in done.stdout, done.stdout + done.stderr
-    assert "train" not in done.stdout and (folder / "figures/ci/figure3a.png").is_file()
+    assert "Running stage 'train" not in done.stdout and (folder / "figures/ci/figure3a.png").is_file()
 
 
 def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
@@ -175,7 +175,7 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
         [sys.executable, "-m", "cryo_lib.notebooks", *command], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
-    assert done.returncode == 1 and "1 of 5 runs are missing, the first runs/ci/table1" in done.stderr
+    assert done.returncode == 1 and "1 of 8 runs are missing, the first runs/ci/table1" in done.stderr
 
 
 def test_exported_stacks_hold_the_test_set_with_its_poses(ci_run):
@@ -198,5 +198,8 @@ def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted((ci_run / "data/ci/structures").glob("*.cif"))
+    for name in ("noisy", "denoised"):
+        assert subprocess.run([command[0], "--i", f"{name}.star", "--o", f"{name}.mrc"], cwd=folder).returncode == 0
+        assert mrcfile.read(folder / f"{name}.mrc").std() > 0
     volume = np.mean([imaging.density(structures.read(f), 32, 6.4, 20.0) for f in files], axis=0)
     assert np.corrcoef(mrcfile.read(folder / "clean.mrc").ravel(), volume.ravel())[0, 1] > 0.8

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_lib import losses, models, training
+from cryo_lib import experiments, losses, models, training
 from cryo_lib.experiments import Run
 from cryo_lib.training import Settings, Trainer, TrainingError
 
@@ -163,12 +163,51 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data
     process.kill()
     process.wait()
     assert not list(cut.rglob("*.safetensors")), "the run ended before it could be killed"
+    assert 0 < torch.load(next(scratch.glob("*/state.pt")), weights_only=True)["iteration"] < 150
     for out, state in ((cut, scratch), (whole, tmp_path / "fresh")):
         subprocess.run([sys.executable, "-c", program, str(out), str(state)], check=True)
     folder = Run(method, "awgn-0.5-A_0.3", 3).folder
     assert_same_weights(weights(cut / folder), weights(whole / folder))
-    strip = [{k: v for k, v in json.loads(line).items() if k not in ("images_per_s", "peak_memory_mib")} for line in (cut / folder / "metrics.jsonl").open()]
-    assert [line["iteration"] for line in strip] == list(range(5, 151, 5))
+    lines = [json.loads(line) for line in (cut / folder / "metrics.jsonl").open()]
+    assert [line["iteration"] for line in lines] == list(range(5, 151, 5))
+
+
+def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
+    """Stopped at its second line of metrics, a training goes on from there, and ends where an uninterrupted one does."""
+    counts, ends = [], []
+    for stop in (None, 2, None):
+        t = trainer("js_l1", replace(SMALL, decay=0.5))
+        step, steps, lines = t.step, [], []
+        t.step = lambda x, y, step=step, steps=steps: steps.append(1) or step(x, y)
+
+        def report(history, stop=stop, lines=lines):
+            lines.append(1)
+            if len(lines) == stop:
+                raise KeyboardInterrupt
+
+        path = tmp_path / ("whole" if not counts else "cut")
+        try:
+            t.train(path, lambda model: {"psnr": 1.0, "spread": 1.0}, report)
+        except KeyboardInterrupt:
+            pass
+        counts.append(len(steps))
+        ends.append({k: v.clone() for k, v in t.generator.state_dict().items()})
+    assert counts == [10, 6, 4]
+    assert_same_weights(ends[0], ends[2])
+
+
+def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, monkeypatch):
+    folders = set()
+    task, dataset = Run("l1_ae", "awgn-0.5-none", 0), experiments.Dataset(data)
+    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
+    folders.add(training._state(tmp_path, training._configuration(task, replace(SMALL, lam=1.0), dataset, CPU)))
+    (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 5.0}))
+    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
+    other = tmp_path / "losses.py"
+    other.write_text("# other code")
+    monkeypatch.setattr(losses, "__file__", str(other))
+    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
+    assert len(folders) == 4
 
 
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
@@ -187,6 +226,12 @@ def test_seeds_differ_and_repeat(data, tmp_path):
     first, again, other = (next((tmp_path / out).rglob("*.safetensors")).parent for out in "abc")
     assert_same_weights(weights(first), weights(again))
     assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(first).items())
+
+
+def test_validation_needs_two_images(data, tmp_path):
+    np.save(data / "x_val.npy", np.load(data / "x_val.npy")[:1])
+    with pytest.raises(ValueError, match="x_val: expected at least 2 images to watch the training on, got 1; raise n_val"):
+        training.run(Run("l1_ae", "awgn-0.5-none", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu")
 
 
 def test_a_line_of_metrics_says_all_there_is_to_know(data, tmp_path):
