@@ -23,7 +23,7 @@ repro: setup
 	@python -m cryo_lib.notebooks report
 
 test: setup
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 lab: setup
 	jupyter lab

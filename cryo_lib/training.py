@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +25,9 @@ from torch import Tensor
 from cryo_lib import checks, contamination, experiments, imaging, losses, metrics, models
 from cryo_lib.experiments import Dataset, Experiment, Run
 from cryo_lib.files import atomic, write_text
+
+
+PRINT_EVERY = 10  # seconds between lines of progress
 
 
 @dataclass(frozen=True)
@@ -322,12 +325,14 @@ def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dic
     return validate
 
 
-def run(task: Run, settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto") -> dict[str, Any]:
+def run(
+    task: Run, settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto", quiet: bool = False
+) -> dict[str, Any]:
     """Train one run and write `generator.safetensors`, its card and `metrics.jsonl` below `out`; its last validation metrics.
 
     The state, and the lines of metrics while it runs, live in `scratch` under a hash of the configuration, the data's
     digests and the code, so that a repeated call after any interruption goes on where it stopped, and never from the state
-    of something else. A line is printed every 10 s or so.
+    of something else. A line is printed every 10 s or so, unless `quiet`.
 
     Parameters
     ----------
@@ -348,9 +353,9 @@ def run(task: Run, settings: Settings, data: Path, out: Path, scratch: Path, dev
     def report(history: list[dict[str, Any]]) -> None:
         nonlocal printed
         write_text(state / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-        if time.monotonic() - printed > 10:
-            printed, last = time.monotonic(), history[-1]
-            print(f"{task.folder}: {last['progress']:.0%}, PSNR {last['psnr']:.2f} dB, {last['images_per_s']:.0f} images/s", flush=True)
+        if not quiet and time.monotonic() - printed > PRINT_EVERY:
+            printed = time.monotonic()
+            print(_progress(task, history[-1]), flush=True)
 
     trainer = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen)
     try:
@@ -379,7 +384,11 @@ def _state(scratch: Path, configuration: dict[str, Any]) -> Path:
 
 def _worker(*arguments: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return run(*arguments)
+    return run(*arguments, quiet=True)
+
+
+def _progress(task: Run, line: dict[str, Any]) -> str:
+    return f"{task.folder}: {line['progress']:.0%}, PSNR {line['psnr']:.2f} dB, {line['images_per_s']:.0f} images/s"
 
 
 def run_grid(
@@ -402,6 +411,7 @@ def run_grid(
     chosen = pick_device(device)
     workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or len(os.sched_getaffinity(0)))
     print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
+    states = {task: _state(Path(scratch), _configuration(task, settings, Dataset(Path(data)), chosen)) for task in tasks}
     arguments = [(task, settings, Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
     started = time.perf_counter()
     if chosen.type != "cpu":
@@ -410,12 +420,24 @@ def run_grid(
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_worker, *a): a[0] for a in arguments}
             try:
-                _report(((futures[f], f.result()) for f in as_completed(futures)), len(tasks), started)
+                _report(_finished(futures, states), len(tasks), started)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    for task in tasks:
-        shutil.rmtree(_state(Path(scratch), _configuration(task, settings, Dataset(Path(data)), chosen)), ignore_errors=True)
+    for state in states.values():
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def _finished(futures: dict[Future, Run], states: dict[Run, Path]) -> Iterator[tuple[Run, dict[str, float]]]:
+    """Runs as they end; while none does, a line every 10 s on those under way, from their metrics on disk."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, PRINT_EVERY, FIRST_COMPLETED)
+        yield from ((futures[future], future.result()) for future in done)
+        if not done:
+            lines = {task: states[task] / "metrics.jsonl" for task in map(futures.get, pending)}
+            begun = {task: path.read_text().splitlines()[-1] for task, path in lines.items() if path.is_file()}
+            print(*(f"  {_progress(task, json.loads(line))}" for task, line in begun.items()), sep="\n", flush=True)
 
 
 def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, started: float) -> None:

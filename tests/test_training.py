@@ -185,7 +185,7 @@ def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
             if len(lines) == stop:
                 raise KeyboardInterrupt
 
-        path = tmp_path / ("whole" if not counts else "cut")
+        path = tmp_path / ("whole.pt" if not counts else "cut.pt")
         try:
             t.train(path, lambda model: {"psnr": 1.0, "spread": 1.0}, report)
         except KeyboardInterrupt:

@@ -1,0 +1,57 @@
+"""What the committed laptop results must show, by paired tests over the test images."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from cryo_lib import tables
+from cryo_lib.experiments import expand, read_scale
+from cryo_lib.losses import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "laptop"
+
+
+@pytest.fixture(scope="module")
+def per_image():
+    return {metric: pd.read_csv(RESULTS / f"per_image_{metric}.csv").set_index("image") for metric in tables.METRICS}
+
+
+def test_every_run_of_the_scale_is_there_and_no_other(per_image):
+    params = read_scale(ROOT / "scales" / "laptop.yaml")
+    expected = {run.folder.as_posix() for name in params["studies"] for run in expand(params["study"][name])}
+    found = {name for name in per_image["mse"] if "/seed" in name}
+    assert found == expected and len(per_image["mse"]) == params["data"]["n_test"]
+
+
+def test_every_network_beats_the_noisy_input_by_far_on_additive_noise(per_image):
+    for experiment in ("awgn-0.1-none", "awgn-0.05-none"):
+        noisy = per_image["psnr"][f"noisy/{experiment}"]
+        for method in METHODS:
+            for seed in (0, 1):
+                gain = per_image["psnr"][f"{method}/{experiment}/seed{seed}"] - noisy
+                assert gain.mean() > 12, (method, experiment, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_l1_clearly_beats_l2_where_references_are_replaced(per_image, seed):
+    """Type A, eps = 0.3: most images are better under l1, and the paired difference is no chance."""
+    l1, l2 = (per_image["mse"][f"{method}/awgn-0.1-A_0.3/seed{seed}"] for method in ("l1_ae", "l2_ae"))
+    assert (l1 < l2).mean() > 0.8
+    assert stats.wilcoxon(l1, l2, alternative="less").pvalue < 1e-6
+
+
+def test_no_average_violates_jensens_inequality():
+    runs = pd.read_csv(RESULTS / "metrics.csv")
+    assert (runs["psnr"] >= -10 * np.log10(runs["mse"]) - 1e-4).all()
+
+
+def test_tables_follow_from_the_values_of_single_images(per_image):
+    runs = pd.read_csv(RESULTS / "metrics.csv")
+    for row in runs.itertuples():
+        name = f"{row.method}/{row.experiment}" + (f"/seed{row.seed}" if row.seed >= 0 else "")
+        for metric, values in per_image.items():
+            assert values[name].mean() == pytest.approx(getattr(row, metric), rel=1e-3)
