@@ -97,8 +97,9 @@ def image_grid(
     pixel_size: float,
     columns: int,
     bar: float = 50.0,
+    bar_in: int = 0,
 ) -> Figure:
-    """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in the first."""
+    """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in image `bar_in`."""
     rows = -(-len(images) // columns)
     side = WIDTH / columns
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.2)), squeeze=False)
@@ -106,7 +107,7 @@ def image_grid(
         ax.set_axis_off()
     for ax, image, title, limit in zip(axes.flat, images, titles, limits):
         show_image(ax, image, title, limit)
-    scale_bar(axes.flat[0], pixel_size, bar, images[0].shape[-1])
+    scale_bar(axes.flat[bar_in], pixel_size, bar, images[bar_in].shape[-1])
     return figure
 
 
