@@ -73,7 +73,7 @@ def save(figure: Figure, path: str | Path) -> list[Path]:
 
 def letter(ax: Axes, text: str) -> None:
     """Panel letter at the upper left, outside the axes."""
-    ax.set_title(text, loc="left", fontweight="bold", fontsize=9)
+    ax.set_title(text, loc="left", fontweight="bold", fontsize=8)
 
 
 def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colour: str = "white") -> None:
@@ -102,7 +102,7 @@ def image_grid(
     """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in image `bar_in`."""
     rows = -(-len(images) // columns)
     side = WIDTH / columns
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.2)), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.3)), squeeze=False)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
     for ax, image, title, limit in zip(axes.flat, images, titles, limits):
