@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# One thread a process: stages run several trainings side by side, and spinning threads cost more than they bring.
+# Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup repro test lab clean
