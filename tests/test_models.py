@@ -14,7 +14,7 @@ def test_parameter_counts_at_the_papers_width():
 @pytest.mark.parametrize("size, width", [(32, 4), (40, 3), (48, 16), (128, 2), (256, 1)])
 def test_shapes_at_any_width_and_multiple_of_8(size, width):
     images = torch.rand(2, 1, size, size)
-    x_hat = models.ResNetGenerator(size, width)(images)
+    x_hat = models.ResNetGenerator(size, width).double()(images.double())  # in single precision tanh rounds to 1
     assert x_hat.shape == images.shape and x_hat.abs().max() < 1
     patches = size // 8 - 3
     assert models.ResNetDiscriminator(size, width)(images).shape == (2, 1, patches, patches)
