@@ -17,40 +17,51 @@ from cryo_lib import checks, contamination, imaging
 from cryo_lib.losses import METHODS
 
 SPLITS = ("train", "val", "test")
-KEYS = {"scale", "structure", "data", "baselines", "studies", "study", "train", "export"}
+KEYS = {
+    "scale", "structure", "data", "baselines", "studies", "study", "train",
+    "export", "reconstruct", "relion", "assign",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A noise protocol, an SNR and a contamination, written `protocol-snr-contamination`: `awgn-0.1-none`, `awgn-0.1-A_0.3`.
 
+    `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs.
+
     Attributes
     ----------
     protocol : "awgn" (Eq. 1 as printed) or "clipped" (the noisy image clipped to [0, 1], as the authors' scripts).
     snr : Var(signal) / Var(noise) of each image, > 0.
     kind, eps : contamination "A", "B" or "C" of the fraction `eps` of the training pairs, Eq. (2); "none" and 0 without.
+    half : 1 or 2, every other training pair from the first or the second on; 0, all of them.
     """
 
     protocol: str
     snr: float
     kind: str = "none"
     eps: float = 0.0
+    half: int = 0
 
     def __post_init__(self) -> None:
         checks.choice("protocol", self.protocol, imaging.PROTOCOLS)
         checks.number("snr", self.snr, above=0)
         checks.choice("contamination", self.kind, ("none", *contamination.KINDS))
         checks.number("eps", self.eps, low=0, high=1)
+        checks.choice("half", self.half, (0, 1, 2))
 
     @classmethod
     def parse(cls, text: str) -> Experiment:
-        """Read `protocol-snr-contamination`; ValueError names what is wrong."""
-        match = re.fullmatch(r"([a-z]+)-([0-9.]+)-(?:none|([A-Z])_([0-9.]+))", str(text))
+        """Read `protocol-snr-contamination`, `-half1` or `-half2` after it; ValueError names what is wrong."""
+        match = re.fullmatch(r"([a-z]+)-([0-9.]+)-(?:none|([A-Z])_([0-9.]+))(?:-half([12]))?", str(text))
         if not match:
-            raise ValueError(f"experiment: expected protocol-snr-contamination such as awgn-0.1-none or awgn-0.05-A_0.3, got {text!r}")
-        protocol, snr, kind, eps = match.groups()
+            raise ValueError(
+                "experiment: expected protocol-snr-contamination such as awgn-0.1-none or awgn-0.05-A_0.3 "
+                f"(-half1 or -half2 after it), got {text!r}"
+            )
+        protocol, snr, kind, eps, half = match.groups()
         try:
-            experiment = cls(protocol, float(snr), kind or "none", float(eps or 0))
+            experiment = cls(protocol, float(snr), kind or "none", float(eps or 0), int(half or 0))
         except ValueError as error:
             raise ValueError(f"experiment {text!r}: {error}") from error
         if str(experiment) != text:
@@ -59,7 +70,7 @@ class Experiment:
 
     def __str__(self) -> str:
         kind = "none" if self.kind == "none" else f"{self.kind}_{self.eps:g}"
-        return f"{self.protocol}-{self.snr:g}-{kind}"
+        return f"{self.protocol}-{self.snr:g}-{kind}" + (f"-half{self.half}" if self.half else "")
 
     def contaminated(self, x: Any, y: Any, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The training pairs after contamination, Eq. (2); `options` are those of `contamination.contaminate`."""
@@ -70,7 +81,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The simulated images of a scale, as notebook 01 writes them: `x_{train,val,test}.npy`, `poses.npz`, `card.json`.
+    """The simulated images of a scale, as notebook 01 writes them: `volumes.npy`, `x_{train,val,test}.npy`, `poses.npz`,
+    `card.json`.
 
     Attributes
     ----------
@@ -89,15 +101,25 @@ class Dataset:
         """`<split>_rotations` `(n, 3, 3)` and `<split>_conformations` `(n,)`."""
         return dict(np.load(self._file("poses.npz")))
 
+    @property
+    def volumes(self) -> np.ndarray:
+        """The density of each conformation, `(conformations, n, n, n)` float32."""
+        return np.load(self._file("volumes.npy"))
+
     def clean(self, split: str) -> np.ndarray:
         """The references of a split, `(n, h, w)` float32 in [0, 1]."""
         return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"))
 
     def pairs(self, split: str, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
-        """References and noisy images of a split, Eq. (1): the same for every run, with noise of its own for each split."""
+        """References and noisy images of a split, Eq. (1): the same for every run, with noise of its own for each split.
+
+        Of the training split, the half that the experiment asks for.
+        """
         x = self.clean(split)
         seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
-        return x, imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
+        y = imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
+        kept = slice(experiment.half - 1, None, 2) if experiment.half and split == "train" else slice(None)
+        return x[kept], y[kept]
 
     def _file(self, name: str) -> Path:
         path = Path(self.folder, name)
@@ -163,9 +185,23 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             expand(study)
         for name in params["baselines"]["baseline_experiments"]:
             Experiment.parse(name)
+        trained = {f"{study}/{run.folder}" for study, grid in params["study"].items() for run in expand(grid)}
+        if missing := [name for name in _used(params) if name not in trained]:
+            raise ValueError(f"export and assign use runs that no study makes: {', '.join(missing)}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params
+
+
+def _used(params: dict[str, Any]) -> Iterator[str]:
+    """The runs, `study/method/experiment/seed`, that the sections `export` and `assign` ask for."""
+    export, assign = params["export"], params["assign"]
+    halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
+    for name in (*export["stack_runs"], *halves):
+        yield f"{name}/seed{export['training_seed']}"
+    for method in assign["view_methods"]:
+        for seed in assign["training_seeds"]:
+            yield f"{assign['view_study']}/{method}/{assign['view_experiment']}/seed{seed}"
 
 
 def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -244,3 +245,82 @@ def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
     ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=6, handlelength=1)
     ax.set(xlim=(-0.3, at + 1.2), ylim=(-1.95, 1.45), aspect="equal")
     ax.set_axis_off()
+
+
+def show_slices(maps: dict[str, np.ndarray], z: int) -> Figure:
+    """Slice `z` of 8-bit volumes `(n, n, n)`, side by side under their titles."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(WIDTH, WIDTH / len(maps) + 0.3), squeeze=False)
+    for ax, (title, volume) in zip(axes.flat, maps.items()):
+        show_image(ax, volume[z], title, limits=(0, 255))
+    return figure
+
+
+def stack_colour(stack: str) -> str:
+    """The colour of a stack's curves: black for clean images, grey for noisy ones, else that of the method that denoised."""
+    return {"clean": "black", "noisy": "#999999"}.get(stack) or COLOURS[stack.split("/")[1]]
+
+
+def reconstructions(
+    maps: Mapping[str, np.ndarray],
+    letters: Sequence[str],
+    labels: Mapping[str, str],
+    curves: pd.DataFrame,
+    relion: Mapping[str, Any],
+    stored: Mapping[str, Any],
+) -> Figure:
+    """Maps as surfaces over their central slices, and below them their FSC between half-maps and against the truth.
+
+    Parameters
+    ----------
+    maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
+    labels : stack -> what the legend calls it; those below `halves/`, of two networks, are drawn dashed.
+    curves : the rows of `results/<scale>/fsc.csv`.
+    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so.
+    stored : `results/<scale>/maps.npz`: `view`, `enclosed` and `pixel_size` are used.
+    """
+    pixel_size = float(stored["pixel_size"])
+    figure = plt.figure(figsize=(WIDTH, 6.2))
+    above, below = figure.subfigures(2, 1, height_ratios=(3.5, 2.7))
+    axes = above.subplots(2, len(maps), squeeze=False)
+    for (top, bottom), (title, volume), mark in zip(axes.T, maps.items(), letters):
+        solid = volume.astype(np.float32)
+        picture = surface_view(solid, level_holding(solid, float(stored["enclosed"])), stored["view"])
+        top.imshow(tint(picture, "#7a9cc6"))
+        top.set_axis_off()
+        top.set_title(title)
+        letter(top, mark)
+        show_image(bottom, volume[len(volume) // 2], limits=(0, 255))
+    scale_bar(axes[1, 0], pixel_size, 50.0, volume.shape[-1])
+
+    halves, truth = below.subplots(1, 2, sharey=True)
+    for stack, label in labels.items():
+        rows = curves[curves["stack"] == stack]
+        style = {"color": stack_colour(stack), "ls": "--" if stack.startswith("halves/") else "-", "label": label}
+        halves.plot(rows["frequency"], rows["halves_corrected"], **style)
+        truth.plot(rows["frequency"], rows["truth_masked"], **style)
+        if refined := relion["stacks"].get(stack):
+            style |= {"ls": ":", "label": f"{label}, poses by RELION"}
+            halves.plot(refined["frequency"], refined["corrected"], **style)
+            truth.plot(refined["frequency"], refined["truth"], **style)
+    if not relion["ran"]:
+        halves.plot([], [], " ", label=relion["reason"])
+    _fsc_axes(halves, 0.143, "Between half-maps", pixel_size)
+    _fsc_axes(truth, 0.5, "Against the true volume", pixel_size)
+    halves.set_ylabel("Fourier shell correlation")
+    letter(halves, letters[-1])
+    below.legend(*halves.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _fsc_axes(ax: Axes, threshold: float, title: str, pixel_size: float) -> None:
+    """Dress the axes of FSC curves over spatial frequency in 1/A: the threshold as a line, ticks written in A."""
+    nyquist = 0.5 / pixel_size
+    ticks = [100]
+    for resolution in (50, 30, 20, 15, 12, 10, 8, 7, 6, 5, 4, 3.5):
+        if 0.06 * nyquist < 1 / resolution - 1 / ticks[-1] and 1 / resolution < 0.97 * nyquist:
+            ticks.append(resolution)
+    ax.axhline(0, color="#cccccc", lw=0.6)
+    ax.axhline(threshold, color="#444444", lw=0.8, ls=(0, (4, 2)))
+    ax.text(0.995 * nyquist, threshold + 0.015, f"{threshold:g}", ha="right", fontsize=6.5, color="#444444")
+    ax.set_xticks([1 / resolution for resolution in ticks], [f"{resolution:g}" for resolution in ticks])
+    ax.set(xlim=(0, nyquist), ylim=(-0.1, 1.04), xlabel="resolution (Å)", title=title)

@@ -99,6 +99,14 @@ def random_rotations(n: int, seed: Any) -> np.ndarray:
     return Rotation.random(checks.integer("n", n, low=1), rng=np.random.default_rng(seed)).as_matrix()
 
 
+def jittered(rotation: Any, n: int, degrees: float, seed: Any) -> np.ndarray:
+    """Return `(n, 3, 3)` rotations near `rotation` `(3, 3)`: turned about each image axis by normal angles of sd `degrees`."""
+    (rotation,) = as_rotations(np.asarray(rotation)[None])
+    sd = np.deg2rad(checks.number("degrees", degrees, low=0))
+    turns = np.random.default_rng(seed).normal(0.0, 1.0, (checks.integer("n", n, low=1), 3))
+    return rotation @ Rotation.from_rotvec(sd * turns).as_matrix()
+
+
 def rotation_from_euler(rot: Any, tilt: Any, psi: Any) -> np.ndarray:
     """Return the `(n, 3, 3)` rotations, image axes to volume axes, of RELION's angles.
 
@@ -127,10 +135,11 @@ def euler_from_rotation(rotations: Any) -> np.ndarray:
 
     At tilt 0 and 180 only rot + psi or rot - psi is defined: one of the two is then 0.
     """
-    return Rotation.from_matrix(_as_rotations(rotations)).as_euler("ZYZ", degrees=True, suppress_warnings=True)
+    return Rotation.from_matrix(as_rotations(rotations)).as_euler("ZYZ", degrees=True, suppress_warnings=True)
 
 
-def _as_rotations(rotations: Any) -> np.ndarray:
+def as_rotations(rotations: Any) -> np.ndarray:
+    """Return `rotations` as `(n, 3, 3)` float64; ValueError names the first that is none."""
     rotations = checks.as_images("rotations", rotations, np.float64)
     if rotations.shape[1:] != (3, 3):
         raise ValueError(
@@ -146,15 +155,47 @@ def _as_rotations(rotations: Any) -> np.ndarray:
     return rotations
 
 
-def _as_volume(volume: Any) -> np.ndarray:
-    volume = checks.as_images("volume", volume)  # as the stack of its z sections
+def as_volume(volume: Any, name: str = "volume") -> np.ndarray:
+    """Return `volume` as a finite `(n, n, n)` float32 cube; TypeError or ValueError otherwise."""
+    volume = checks.as_images(name, volume)  # as the stack of its z sections
     if len(set(volume.shape)) != 1:
-        raise ValueError(f"volume: expected a cube (n, n, n), got {volume.shape}; pad or crop it")
+        raise ValueError(f"{name}: expected a cube (n, n, n), got {volume.shape}; pad or crop it")
     return volume
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_frame(rotations: Any, truth: Any) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Turn rotations found in a frame of their own into that of the truth, as one rotation of the whole allows.
+
+    Images do not tell a volume from its mirror image: there the same images have rotations R Rz(180 degrees), so both
+    hands are tried and the closer is taken.
+
+    Parameters
+    ----------
+    rotations, truth : `(n, 3, 3)`, image axes to volume axes, of the same images.
+
+    Returns
+    -------
+    rotations : `(n, 3, 3)`, of the images in the frame and hand of the truth.
+    errors : `(n,)`, degrees that each is off.
+    mirrored : whether they were of the mirror image.
+    """
+    rotations, truth = as_rotations(rotations), as_rotations(truth)
+    found = []
+    for mirrored in (False, True):
+        here = rotations @ np.diag([-1.0, -1.0, 1.0]) if mirrored else rotations
+        frame, weights = Rotation.from_matrix(truth @ here.transpose(0, 2, 1)), np.ones(len(here))
+        for _ in range(20):  # to the median, which images that are far off do not pull
+            centre = frame.mean(weights)
+            weights = 1 / np.maximum((centre.inv() * frame).magnitude(), 0.01)
+        turned = centre.as_matrix() @ here
+        errors = np.rad2deg((Rotation.from_matrix(truth).inv() * Rotation.from_matrix(turned)).magnitude())
+        found.append((turned, errors, mirrored))
+    return min(found, key=lambda each: np.median(each[1]))
 
 
 def project(
@@ -183,9 +224,9 @@ def project(
 
     Source: Barnett, Magland & af Klinteberg (2019), FINUFFT, SIAM J. Sci. Comput. 41, C479.
     """
-    volume, rotations = _as_volume(volume), _as_rotations(rotations)
+    volume, rotations = as_volume(volume), as_rotations(rotations)
     batch = checks.integer("batch", batch, low=1)
-    threads = checks.integer("threads", _cores() if threads is None else threads, low=1)
+    threads = checks.integer("threads", cores() if threads is None else threads, low=1)
     n = len(volume)
     shifts = np.zeros((len(rotations), 2)) if shifts is None else np.asarray(shifts, dtype=np.float64)
     if shifts.shape != (len(rotations), 2) or not np.isfinite(shifts).all():
@@ -283,6 +324,45 @@ def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarr
     return np.clip(y, 0, 1, out=y) if protocol == "clipped" else y
 
 
+def random_views(n_images: int, n_volumes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return rotations `(n_images, 3, 3)`, uniform on SO(3), and the volume that each image shows, `(n_images,)` int64.
+
+    Volumes have equal shares of the images (counts differ by at most one), in random order.
+    """
+    n_images, n_volumes = checks.integer("n_images", n_images, low=1), checks.integer("n_volumes", n_volumes, low=1)
+    pose_seed, order_seed = np.random.SeedSequence(checks.integer("seed", seed, low=0)).spawn(2)
+    rotations = random_rotations(n_images, pose_seed)
+    return rotations, np.random.default_rng(order_seed).permutation(np.arange(n_images) % n_volumes)
+
+
+def views(
+    volumes: Sequence[Any], rotations: Any, shown: Any, *, batch: int = 128, threads: int | None = None
+) -> np.ndarray:
+    """Return clean projections, each of one of several volumes and rescaled to [0, 1], `(m, n, n)` float32.
+
+    Parameters
+    ----------
+    volumes : each `(n, n, n)`.
+    rotations : `(m, 3, 3)`, image axes to volume axes.
+    shown : `(m,)`, index into `volumes`.
+    batch, threads : see `project`.
+
+    Raises
+    ------
+    TypeError, ValueError : no volumes, volumes of different size, an index beyond them; see `project` and `rescale`.
+    """
+    volumes, rotations, shown = [as_volume(volume) for volume in volumes], as_rotations(rotations), np.asarray(shown)
+    if len({volume.shape for volume in volumes}) != 1:
+        raise ValueError(f"volumes: expected one or more of one shape, got {[volume.shape for volume in volumes]}")
+    if shown.shape != (len(rotations),) or not np.isin(shown, range(len(volumes))).all():
+        raise ValueError(f"shown: expected {len(rotations)} indices below {len(volumes)}, got {np.unique(shown)}")
+    images = np.empty((len(rotations), *volumes[0].shape[1:]), np.float32)
+    for index in np.unique(shown):
+        chosen = shown == index
+        images[chosen] = rescale(project(volumes[index], rotations[chosen], batch=batch, threads=threads))
+    return images
+
+
 def simulate(
     volumes: Sequence[Any], n_images: int, seed: int, *, batch: int = 128, threads: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -290,7 +370,7 @@ def simulate(
 
     Parameters
     ----------
-    volumes : conformations, each `(n, n, n)`: equal shares of the images (counts differ by at most one), random order.
+    volumes : conformations, each `(n, n, n)`: equal shares of the images, see `random_views`.
     n_images : number of images.
     seed : integer >= 0.
     batch, threads : see `project`.
@@ -303,18 +383,7 @@ def simulate(
 
     Raises
     ------
-    TypeError, ValueError : no volumes, volumes of different size, bad numbers; see `project` and `rescale`.
+    TypeError, ValueError : bad numbers; see `views`.
     """
-    n_images = checks.integer("n_images", n_images, low=1)
-    volumes = [_as_volume(volume) for volume in volumes]
-    if len({volume.shape for volume in volumes}) != 1:
-        raise ValueError(f"volumes: expected one or more of one shape, got {[volume.shape for volume in volumes]}")
-    pose_seed, order_seed = np.random.SeedSequence(checks.integer("seed", seed, low=0)).spawn(2)
-    rotations = random_rotations(n_images, pose_seed)
-    conformations = np.random.default_rng(order_seed).permutation(np.arange(n_images) % len(volumes))
-    images = np.empty((n_images, *volumes[0].shape[1:]), np.float32)
-    for index in range(len(volumes)):
-        chosen = conformations == index
-        if chosen.any():
-            images[chosen] = rescale(project(volumes[index], rotations[chosen], batch=batch, threads=threads))
-    return images, rotations, conformations
+    rotations, conformations = random_views(n_images, max(len(volumes), 1), seed)
+    return views(volumes, rotations, conformations, batch=batch, threads=threads), rotations, conformations

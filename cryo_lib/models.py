@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +154,29 @@ DISCRIMINATORS = {"resnet": ResNetDiscriminator}
 def parameter_count(model: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
+
+    A GPU that is in the machine but that torch cannot use is warned of.
+    """
+    if device != "auto":
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+        return chosen
+    if torch.cuda.is_available():
+        try:
+            (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
+            return torch.device("cuda")
+        except RuntimeError as error:
+            warnings.warn(f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}")
+    elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
+        warnings.warn(
+            f"nvidia-smi lists a GPU but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it, so the CPU is "
+            "used: install the torch build for your driver"
+        )
+    return torch.device("cpu")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Stacks of images in MRC files: headers read and checked, images read as they are asked for, stacks written."""
+"""MRC files: headers read and checked, images read as they are asked for, stacks and maps written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mrcfile
 import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
 
 from cryo_lib import checks
+from cryo_lib.files import atomic
 
 BATCH = 256  # images in memory while streaming
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}  # MRC modes that hold real images
@@ -126,3 +128,10 @@ def write_stack(path: Path, images: Any, shape: tuple, pixel_size: float | None)
         file.seek(0)
         file.write(header.tobytes())
     return n, h, w
+
+
+def write_map(path: str | Path, volume: np.ndarray, pixel_size: float) -> Path:
+    """Write a volume `(n, n, n)`, [z, y, x], as an MRC map with its voxel size in A, atomically; return the path."""
+    with atomic(path) as temporary:
+        mrcfile.write(temporary, np.asarray(volume, np.float32), overwrite=True, voxel_size=pixel_size)
+    return Path(path)

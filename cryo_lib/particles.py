@@ -127,6 +127,11 @@ class ParticleStack:
             )
         return Poses(rotations, 0.0 - pixels * (self.pixel_size or 0.0))
 
+    @property
+    def half_sets(self) -> np.ndarray | None:
+        """rlnRandomSubset, `(n,)` int64, or None where the table lacks it."""
+        return self.table["rlnRandomSubset"].to_numpy(np.int64) if "rlnRandomSubset" in self.table else None
+
     @cached_property
     def ctf(self) -> pd.DataFrame | None:
         """CTF parameters, a row a particle, under RELION's labels (A, degrees, kV, mm); None where there is no defocus.

@@ -144,7 +144,7 @@ def insert(path: str | Path, marker: str, text: str) -> bool:
 
 
 if __name__ == "__main__":
-    for generated in sorted(Path("results").glob("*/table1.md")):
-        name = f"table1 {generated.parent.name}"
+    for generated in sorted(Path("results").glob("*/*.md")):
+        name = f"{generated.stem} {generated.parent.name}"
         if f"<!-- {name} -->" in Path("README.md").read_text(encoding="utf-8"):
             insert("README.md", name, generated.read_text(encoding="utf-8"))

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import resource
 import shutil
-import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -90,29 +87,6 @@ class Settings:
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a loss is not finite, or the generator has collapsed."""
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
-
-    A GPU that is in the machine but that torch cannot use is warned of.
-    """
-    if device != "auto":
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen)
-        return chosen
-    if torch.cuda.is_available():
-        try:
-            (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
-            return torch.device("cuda")
-        except RuntimeError as error:
-            warnings.warn(f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}")
-    elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
-        warnings.warn(
-            f"nvidia-smi lists a GPU but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it, so the CPU is "
-            "used: install the torch build for your driver"
-        )
-    return torch.device("cpu")
 
 
 class Trainer:
@@ -338,7 +312,7 @@ def run(
     ----------
     data : folder of an `experiments.Dataset`.
     """
-    chosen, dataset = pick_device(device), Dataset(Path(data))
+    chosen, dataset = models.pick_device(device), Dataset(Path(data))
     configuration = _configuration(task, settings, dataset, chosen)
     state, final = _state(scratch, configuration), out / task.folder
     experiment = Experiment.parse(task.experiment)
@@ -352,7 +326,7 @@ def run(
 
     def report(history: list[dict[str, Any]]) -> None:
         nonlocal printed
-        write_text(state / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        _write_lines(state / "metrics.jsonl", history)
         if not quiet and time.monotonic() - printed > PRINT_EVERY:
             printed = time.monotonic()
             print(_progress(task, history[-1]), flush=True)
@@ -361,13 +335,17 @@ def run(
     try:
         trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report)
     except TrainingError as error:
-        raise TrainingError(f"{task.folder}: {error}; its metrics are in {state}") from error
+        raise TrainingError(f"{task.folder}: {error}; its lines of metrics up to then are in {state}") from error
     last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
-    write_text(final / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in trainer.history))
+    _write_lines(final / "metrics.jsonl", trainer.history)
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
     card = network | {"pixel_size": configuration["data"]["pixel_size"], "validation": last} | configuration
     models.save(final / "generator.safetensors", trainer.generator, card)
     return last
+
+
+def _write_lines(path: Path, history: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line) + "\n" for line in history))
 
 
 def _configuration(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
@@ -408,8 +386,8 @@ def run_grid(
     TrainingError : a run failed; what the others reached is kept in `scratch`.
     """
     tasks = list(tasks)
-    chosen = pick_device(device)
-    workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or len(os.sched_getaffinity(0)))
+    chosen = models.pick_device(device)
+    workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or imaging.cores())
     print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
     states = {task: _state(Path(scratch), _configuration(task, settings, Dataset(Path(data)), chosen)) for task in tasks}
     arguments = [(task, settings, Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
@@ -447,4 +425,4 @@ def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, starte
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({len(os.sched_getaffinity(0))} cores)"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the CPU ({imaging.cores()} cores)"

@@ -59,6 +59,23 @@ def test_a_stack_of_another_box_is_refused(stack, tmp_path):
     assert not (tmp_path / "d.star").exists() and not (tmp_path / "d.mrcs").exists()
 
 
+def test_each_half_set_goes_through_its_own_network(stack, tmp_path):
+    path, y = stack
+    written = denoising.denoise_stack({1: lambda y: y + 1, 2: lambda y: 2 * y}, path, tmp_path / "d.star", batch_size=3)
+    half_sets = particles.ParticleStack.open(path).half_sets
+    expected = np.where(half_sets[:, None, None] == 1, y + 1, 2 * y)
+    np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
+
+
+def test_half_sets_without_a_network_are_named(stack, tmp_path):
+    with pytest.raises(ValueError, match=r"expected the half-sets \[1\], one a model, got \[1, 2\]"):
+        denoising.denoise_stack({1: network()}, stack[0], tmp_path / "d.star")
+    with pytest.raises(ValueError, match=r"expected the half-sets \[1, 2\], one a model, got no rlnRandomSubset"):
+        denoising.denoise_stack({1: network(), 2: network()}, stack[0].with_suffix(".mrcs"), tmp_path / "d.mrcs")
+    with pytest.raises(ValueError, match="this network denoises 40 x 40 px images, got 32 x 32"):
+        denoising.denoise_stack({1: network(), 2: models.ResNetGenerator(40, 4)}, stack[0], tmp_path / "d.star")
+
+
 @pytest.mark.skipif(shutil.which("relion_reconstruct") is None, reason="RELION is not installed (Debian package `relion`)")
 def test_relion_reconstructs_from_the_denoised_stack(stack, tmp_path):
     denoising.denoise_stack(network(), stack[0], tmp_path / "denoised.star")

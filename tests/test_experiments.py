@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("text", ["awgn-0.1-none", "awgn-0.05-A_0.3", "clipped-0.1-C_0.1"])
+@pytest.mark.parametrize("text", ["awgn-0.1-none", "awgn-0.05-A_0.3", "clipped-0.1-C_0.1", "awgn-0.1-A_0.1-half2"])
 def test_an_experiment_reads_what_it_writes(text):
     assert str(Experiment.parse(text)) == text
 
@@ -28,6 +28,7 @@ def test_an_experiment_reads_what_it_writes(text):
         ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, got 'D'"),
         ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
         ("awgn-0.1.2-none", "experiment 'awgn-0.1.2-none': could not convert string to float"),
+        ("awgn-0.1-none-half3", "expected protocol-snr-contamination .* \\(-half1 or -half2 after it\\)"),
         ("awgn-0.1-A_1.5", "eps: expected a finite number >= 0 and <= 1, got 1.5"),
     ],
 )
@@ -49,6 +50,20 @@ def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_dat
     assert len({noise.tobytes() for noise in noises}) == 6
     clipped = data.pairs("train", Experiment.parse("clipped-0.1-none"))[1]
     np.testing.assert_array_equal(clipped, np.clip(noises[3], 0, 1))
+
+
+def test_the_halves_of_the_training_pairs_are_disjoint_and_together_all_of_them(tmp_path):
+    x = np.random.default_rng(0).random((7, 16, 16), dtype=np.float32)
+    for split in experiments.SPLITS:
+        np.save(tmp_path / f"x_{split}.npy", x)
+    (tmp_path / "card.json").write_text(json.dumps({"seed": 0}))
+    data = Dataset(tmp_path)
+    halves = [data.pairs("train", Experiment.parse(f"awgn-0.1-none-half{half}")) for half in (1, 2)]
+    for both, first, second in zip(data.pairs("train", Experiment.parse("awgn-0.1-none")), *halves):
+        assert len(first) == 4 and len(second) == 3
+        np.testing.assert_array_equal(both[0::2], first)
+        np.testing.assert_array_equal(both[1::2], second)
+    assert len(data.pairs("test", Experiment.parse("awgn-0.1-none-half2"))[0]) == 7
 
 
 def test_missing_data_are_named_with_the_way_to_make_them(tmp_path):
@@ -100,7 +115,10 @@ def test_the_paper_scale_holds_the_papers_numbers():
     assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
     robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
     assert Counter(r.experiment for r in runs["contamination"]) == robustness
-    assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in runs.values())
+    full = [study for name, study in runs.items() if name != "halves"]
+    assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in full)
+    assert params["export"]["n_stack"] == 200_000 and params["relion"]["run_relion"]
+    assert set(params["export"]["stack_runs"]) <= set(params["relion"]["relion_stacks"])
 
 
 def test_bad_parameter_files_are_named(tmp_path):
@@ -117,6 +135,7 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("studies: [table1,", "studies: [", "expected the entries of study"),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
+        ("stack_runs: [table1/beta_05_05_l1", "stack_runs: [clipped/l2_ae", "use runs that no study makes: clipped/l2_ae/awgn-0.1-none/seed0"),
     ]:
         assert old in laptop
         path.write_text(laptop.replace(old, new))

@@ -412,3 +412,46 @@ def test_simulate_refuses_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             imaging.simulate(*arguments)
+
+
+def test_views_show_the_volumes_they_are_said_to_show():
+    volumes = [np.zeros((16, 16, 16), np.float32) for _ in range(2)]
+    volumes[0][8, 8, 11], volumes[1][8, 11, 8] = 1, 1
+    rotations, shown = imaging.random_views(9, 2, 3)
+    assert sorted(np.bincount(shown)) == [4, 5]
+    images = imaging.views(volumes, rotations, shown)
+    for image, rotation, index in zip(images, rotations, shown):
+        np.testing.assert_array_equal(image, imaging.rescale(imaging.project(volumes[index], rotation[None]))[0])
+    parts = np.concatenate([imaging.views(volumes, rotations[p], shown[p]) for p in (slice(0, 4), slice(4, 9))])
+    np.testing.assert_array_equal(parts, images)
+    with pytest.raises(ValueError, match="shown: expected 9 indices below 2, got"):
+        imaging.views(volumes, rotations, shown + 1)
+
+
+def test_jittered_views_turn_by_the_angle_asked_for():
+    (view,) = imaging.random_rotations(1, 0)
+    turned = imaging.jittered(view, 4000, 2.0, 1)
+    vectors = np.rad2deg(Rotation.from_matrix(view.T @ turned).as_rotvec())
+    np.testing.assert_allclose(vectors.std(axis=0), 2.0, rtol=0.05)
+    np.testing.assert_allclose(imaging.jittered(view, 3, 0.0, 1), [view] * 3, atol=1e-12)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_poses_of_another_frame_and_hand_are_brought_into_that_of_the_truth(mirrored):
+    """A turned (and mirrored) volume explains the same images; a third of the poses may be plain wrong."""
+    truth, (frame,) = imaging.random_rotations(300, 0), imaging.random_rotations(1, 1)
+    error = Rotation.from_rotvec(np.deg2rad(1.0) * np.random.default_rng(0).standard_normal((300, 3))).as_matrix()
+    found = frame @ truth @ (np.diag([-1.0, -1.0, 1.0]) if mirrored else np.eye(3)) @ error
+    found[:100] = imaging.random_rotations(100, 2)
+    turned, errors, was_mirrored = imaging.in_frame(found, truth)
+    assert was_mirrored == mirrored and np.median(errors[100:]) < 2.0 and np.median(errors[:100]) > 45
+    again = np.rad2deg(Rotation.from_matrix(truth[100:].transpose(0, 2, 1) @ turned[100:]).magnitude())
+    np.testing.assert_allclose(again, errors[100:], atol=1e-6)
+
+
+def test_a_mirrored_volume_gives_the_same_images_at_poses_turned_by_half_a_turn():
+    """What `in_frame` rests on: the projections of v(-r) at R Rz(180) are those of v at R."""
+    volume = np.random.default_rng(0).random((17, 17, 17)).astype(np.float32)
+    rotations = imaging.random_rotations(5, 0)
+    mirrored = imaging.project(volume[::-1, ::-1, ::-1], rotations @ np.diag([-1.0, -1.0, 1.0]))
+    np.testing.assert_allclose(mirrored, imaging.project(volume, rotations), atol=2e-3)

@@ -15,7 +15,7 @@ import requests
 import websocket
 
 ROOT = Path(__file__).resolve().parents[1]
-READERS = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb") if int(p.name[:2]) >= 6)  # read only results/
+READERS = sorted(p.name for p in (ROOT / "notebooks").glob("*.ipynb") if int(p.name[:2]) >= 20)  # read only results/
 
 
 @pytest.fixture(scope="module")

@@ -66,3 +66,19 @@ def test_bad_checkpoints_are_named(tmp_path):
     models.save(path, models.ResNetGenerator(32, 4), {"architecture": "resnet", "width": 4})
     with pytest.raises(ValueError, match="its card has no 'image_size'"):
         models.load(path)
+
+
+def test_an_unusable_device_is_refused():
+    with pytest.raises((RuntimeError, AssertionError)):
+        models.pick_device("cuda:99")
+
+
+def test_a_gpu_that_torch_cannot_use_is_said_loudly(monkeypatch, tmp_path):
+    """With an nvidia-smi that lists a GPU and a torch that sees none, the CPU is used and a warning says so."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: imaginary'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="nvidia-smi lists a GPU but torch .* cannot use it, so the CPU is used"):
+        assert models.pick_device().type == "cpu"

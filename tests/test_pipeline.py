@@ -1,23 +1,29 @@
 """The pipeline is whole: dependencies declared, parameters one and the same, and a ci-scale run from nothing to figures."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mrcfile
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from cryo_lib import notebooks, particles
+from cryo_lib import imaging, models, notebooks, particles, reconstruction
+from cryo_lib.experiments import SPLITS, Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNS = {name: stage for name, stage in STAGES.items() if "notebooks run" in stage["cmd"]}
+needs_relion = pytest.mark.skipif(
+    shutil.which("relion_refine_mpi") is None, reason="RELION is not installed (Debian package `relion`)"
+)
 EXEMPT = {"notebooks"}  # moves to the root and runs notebooks; what it does is not in any result
 
 
@@ -117,6 +123,15 @@ def ci_run(tmp_path_factory):
     return folder
 
 
+def run_notebook(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a notebook of a copy of the repository at the ci scale."""
+    command = ["run", f"notebooks/{name}.ipynb", "out.ipynb", "-p", "scale", "ci", *arguments]
+    return subprocess.run(
+        [sys.executable, "-m", "cryo_lib.notebooks", *command], cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+
+
 def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
@@ -127,9 +142,9 @@ def test_the_ci_scale_makes_every_output(ci_run):
     for stage in STAGES.values():
         for out in stage["outs"]:
             path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
-            for study in ("table1", "clipped", "contamination"):
+            for study in ("table1", "clipped", "contamination", "halves"):
                 assert (ci_run / path.replace("${item.study}", study)).exists(), path
-    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2 + 8
 
 
 def test_a_second_run_is_up_to_date(ci_run):
@@ -154,9 +169,9 @@ def test_prose_and_saved_outputs_rerun_only_the_export(ci_run):
 
 def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
     """With data, runs and cache gone, an edited figure notebook still draws its figure."""
-    folder = tmp_path / "clone"
-    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("data", "runs", "denoised", "cache", "tmp", "executed"))
-    path = folder / "notebooks" / "09_draw_figure3a.ipynb"
+    folder, gone = tmp_path / "clone", ("data", "runs", "denoised", "maps", "relion")
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns(*gone, "cache", "tmp", "executed"))
+    path = folder / "notebooks" / "23_draw_figure3a.ipynb"
     edited = nbformat.read(path, as_version=4)
     edited.cells[-1].source += "\nprint('edited')"
     nbformat.write(edited, path)
@@ -170,36 +185,79 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp"))
     lost = next((folder / "runs/ci/table1").rglob("generator.safetensors"))
     lost.unlink()
-    command = ["run", "notebooks/04_evaluate_methods.ipynb", "out.ipynb", "-p", "scale", "ci"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cryo_lib.notebooks", *command], cwd=folder, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-    )  # fmt: skip
-    assert done.returncode == 1 and "1 of 8 runs are missing, the first runs/ci/table1" in done.stderr
+    done = run_notebook(folder, "04_evaluate_methods")
+    assert done.returncode == 1 and "1 of 16 runs are missing, the first runs/ci/table1" in done.stderr
 
 
-def test_exported_stacks_hold_the_test_set_with_its_poses(ci_run):
-    clean, denoised = (particles.ParticleStack.open(ci_run / f"denoised/ci/{name}.star") for name in ("clean", "denoised"))
-    np.testing.assert_array_equal(clean.images[:], np.load(ci_run / "data/ci/rnap/x_test.npy"))
-    poses = np.load(ci_run / "data/ci/rnap/poses.npz")["test_rotations"]
-    np.testing.assert_allclose(denoised.poses.rotations, poses, atol=1e-5)
-    assert denoised.pixel_size == 6.4 and sorted(set(denoised.table["rlnRandomSubset"].astype(int))) == [1, 2]
+def test_exported_stacks_are_new_images_with_their_poses(ci_run):
+    """Clean images are the projections at the star file's poses; denoised ones keep every row; halves have two networks."""
+    dataset = Dataset(ci_run / "data/ci/rnap")
+    folder, volumes = ci_run / "denoised/ci", dataset.volumes
+    names = ["clean", "noisy", "table1/beta_05_05_l1/awgn-0.1-none", "halves/beta_05_05_l1/awgn-0.1-none"]
+    clean, noisy, denoised, halves = (particles.ParticleStack.open(folder / f"{name}.star") for name in names)
+    shown = clean.table["rlnClassNumber"].to_numpy() - 1
+    np.testing.assert_allclose(clean.images[:], imaging.views(volumes, clean.poses.rotations, shown), atol=2e-4)
+    seen = {image.tobytes() for split in SPLITS for image in dataset.clean(split)}
+    assert not seen & {image.tobytes() for image in clean.images[:]}
+    signal = clean.images[:].var(axis=(1, 2))
+    assert signal.mean() / (noisy.images[:] - clean.images[:]).var(axis=(1, 2)).mean() == pytest.approx(0.1, rel=0.02)
+    for stack in (noisy, denoised, halves):
+        np.testing.assert_array_equal(stack.poses.rotations, clean.poses.rotations)
+        assert stack.pixel_size == 6.4 and (stack.half_sets == clean.half_sets).all()
+    for half in (1, 2):
+        run = ci_run / f"runs/ci/halves/beta_05_05_l1/awgn-0.1-none-half{half}/seed0/generator.safetensors"
+        rows = halves.half_sets == half
+        expected = models.denoise_images(models.load(run)[0], noisy.images[rows])
+        np.testing.assert_allclose(halves.images[rows], expected, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("relion_reconstruct") is None, reason="RELION is not installed (Debian package `relion`)")
+def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_back(ci_run):
+    """60 clean images, 30 of the conformation: enough at 13 A for the map to be the volume at low resolution."""
+    curves = pd.read_csv(ci_run / "results/ci/fsc.csv")
+    table = pd.read_csv(ci_run / "results/ci/resolution.csv").set_index("stack")
+    for stack, rows in curves.groupby("stack"):
+        assert reconstruction.resolution(rows["truth"], 0.5, pixel_size=6.4) == pytest.approx(table.loc[stack, "truth 0.5"], rel=1e-3)
+    assert table.loc["clean", "truth_masked 0.5"] < 20 < table.loc["noisy", "truth_masked 0.5"]
+    clean = mrcfile.read(ci_run / "maps/ci/clean.mrc")
+    again = reconstruction.fsc(clean, mrcfile.read(ci_run / "maps/ci/truth.mrc"))
+    np.testing.assert_allclose(again, curves.loc[curves["stack"] == "clean", "truth"], atol=1e-4)
+
+
+def test_without_relion_the_figures_say_so(ci_run):
+    report = json.loads((ci_run / "results/ci/relion.json").read_text())
+    assert report == {"ran": False, "reason": "RELION left out (run_relion: false)", "stacks": {}, "version": None}
+
+
+@needs_relion
 def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
     """RELION, from our star file, finds the molecule that was projected: conventions agree from end to end."""
-    import mrcfile
-
-    from cryo_lib import imaging, structures
-
     folder = ci_run / "denoised/ci"
     command = ["relion_reconstruct", "--i", "clean.star", "--o", "clean.mrc", "--maxres", "20"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    files = sorted((ci_run / "data/ci/structures").glob("*.cif"))
-    for name in ("noisy", "denoised"):
-        assert subprocess.run([command[0], "--i", f"{name}.star", "--o", f"{name}.mrc"], cwd=folder).returncode == 0
-        assert mrcfile.read(folder / f"{name}.mrc").std() > 0
-    volume = np.mean([imaging.density(structures.read(f), 32, 6.4, 20.0) for f in files], axis=0)
+    volume = Dataset(ci_run / "data/ci/rnap").volumes.mean(axis=0)
     assert np.corrcoef(mrcfile.read(folder / "clean.mrc").ravel(), volume.ravel())[0, 1] > 0.8
+
+
+@needs_relion
+def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
+    """Initial model, 3D classification, auto-refinement, post-processing, as notebook 07 runs them; then the figure has them."""
+    folder = tmp_path / "relion"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "runs"))
+    given = yaml.safe_load((ROOT / "scales/ci.yaml").read_text())["relion"] | {"run_relion": True, "relion_stacks": ["clean"]}
+    (folder / "given.yaml").write_text(yaml.safe_dump({"relion": given}))
+    done = run_notebook(folder, "07_run_relion", "-s", "relion", "--params", "given.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((folder / "results/ci/relion.json").read_text())
+    found = report["stacks"]["clean"]
+    assert report["ran"] and report["version"][0].isdigit()
+    assert sum(found["occupancies"]) == pytest.approx(1, abs=1e-3) and sum(found["states_in_class"]) == found["in_class"]
+    assert len(found["frequency"]) == len(found["corrected"]) == len(found["truth"]) == 17
+    assert 2 * 6.4 <= found["resolution"] < 204.8 and 0 <= found["pose_error"] <= 180
+    steps = ["prepare", "initial_model", "classify", "auto_refine", "mask_create", "post_process"]
+    assert [step for step in found["commands"] if step != "auto_refine_join"] == steps
+    for step in steps:
+        log = (folder / f"relion/ci/clean/{step}.log").read_text()
+        assert log.startswith(found["commands"][step]) and log.rstrip().endswith("[finished]")
+    for figure in ("24_draw_figure3bd", "26_draw_figure3hj"):
+        assert run_notebook(folder, figure).returncode == 0

@@ -279,19 +279,3 @@ def test_a_collapse_stops_with_the_reason(tmp_path):
 def test_bad_settings_are_named(change, error, message):
     with pytest.raises(error, match=message):
         Settings(**change)
-
-
-def test_an_unusable_device_is_refused():
-    with pytest.raises((RuntimeError, AssertionError)):
-        training.pick_device("cuda:99")
-
-
-def test_a_gpu_that_torch_cannot_use_is_said_loudly(monkeypatch, tmp_path):
-    """With an nvidia-smi that lists a GPU and a torch that sees none, the CPU is used and a warning says so."""
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: imaginary'\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match="nvidia-smi lists a GPU but torch .* cannot use it, so the CPU is used"):
-        assert training.pick_device().type == "cpu"
