@@ -25,7 +25,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A noise protocol, an SNR and a contamination, written `protocol-snr-contamination`: `awgn-0.1-none`, `awgn-0.1-A_0.3`.
+    """A noise protocol, an SNR and a contamination, written `protocol-snr-contamination` such as `awgn-0.1-A_0.3`.
 
     `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs.
 
@@ -187,7 +187,8 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, grid in params["study"].items() for run in expand(grid)}
         if missing := [name for name in _used(params) if name not in trained]:
-            raise ValueError(f"export and assign use runs that no study makes: {', '.join(missing)}; add them to a study")
+            names = ", ".join(missing)
+            raise ValueError(f"export and assign use runs that no study makes: {names}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params

@@ -100,7 +100,7 @@ def random_rotations(n: int, seed: Any) -> np.ndarray:
 
 
 def jittered(rotation: Any, n: int, degrees: float, seed: Any) -> np.ndarray:
-    """Return `(n, 3, 3)` rotations near `rotation` `(3, 3)`: turned about each image axis by normal angles of sd `degrees`."""
+    """Return `(n, 3, 3)` rotations near `rotation`, `(3, 3)`: turned about each image axis by angles of sd `degrees`."""
     (rotation,) = as_rotations(np.asarray(rotation)[None])
     sd = np.deg2rad(checks.number("degrees", degrees, low=0))
     turns = np.random.default_rng(seed).normal(0.0, 1.0, (checks.integer("n", n, low=1), 3))
