@@ -1,4 +1,4 @@
-"""Telling conformations apart: images clustered without labels, or assigned to the nearest projection at known poses."""
+"""Telling conformations apart: clusters without labels, and the nearest projection at known poses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def principal_components(images: Any, n_components: int, seed: int = 0) -> np.nd
 
 
 def cluster(points: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
-    """Return k-means labels `(n,)` of points `(n, d)`, the best of ten starts. ValueError for more clusters than points."""
+    """Return k-means labels `(n,)` of points `(n, d)`, best of ten starts; ValueError for more clusters than points."""
     return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
 
 

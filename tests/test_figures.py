@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
 
@@ -75,3 +76,64 @@ def test_the_nearer_of_two_balls_is_in_front():
 def test_every_method_has_a_label_and_a_colour():
     assert set(figures.COLOURS) == set(tables.LABELS) and set(losses.METHODS) == set(figures.MARKERS)
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+
+
+@pytest.fixture
+def reconstructed():
+    """Maps, FSC curves and RELION's report, as `results/<scale>/` holds them, of a box of 16 voxels of 2 A."""
+    squared = (np.arange(16) - 8) ** 2
+    volume = (255 * np.exp(-(squared[:, None, None] + squared[:, None] + squared) / 20)).astype(np.uint8)
+    frequency = np.arange(9) / 32
+    stacks = ["clean", "halves/l2_ae/awgn-0.1-none", "table1/l2_ae/awgn-0.1-none"]
+    falling = {"frequency": frequency, "halves_corrected": 1 - 3 * frequency, "truth_masked": 1 - 2 * frequency}
+    curves = pd.concat([pd.DataFrame({"stack": stack} | falling) for stack in stacks])
+    stored = {"pixel_size": 2.0, "enclosed": 0.2, "view": np.eye(3)}
+    labels = {stack: f"label of {stack}" for stack in stacks}
+    return {"truth": volume, "map": volume}, ["", "b", "d"], labels, curves, stored
+
+
+def drawn(figure) -> tuple[list, list, set[str]]:
+    """The lines of the two FSC panels and the words of the legend."""
+    halves, truth = (ax for ax in figure.axes if "resolution" in ax.get_xlabel())
+    legend = {text.get_text() for part in figure.subfigs for box in part.legends for text in box.get_texts()}
+    return halves.lines, truth.lines, legend
+
+
+def test_fsc_panels_hold_every_curve_and_say_that_relion_was_left_out(reconstructed):
+    *given, stored = reconstructed
+    relion = {"ran": False, "reason": "RELION left out", "stacks": {}}
+    halves, truth, legend = drawn(figures.reconstructions(*given, relion, stored))
+    assert legend == {*given[2].values(), "RELION left out"}
+    styles = {line.get_label(): line.get_linestyle() for line in truth}
+    assert styles["label of halves/l2_ae/awgn-0.1-none"] == "--" and styles["label of table1/l2_ae/awgn-0.1-none"] == "-"
+    colours = {line.get_color() for line in truth if "l2_ae" in line.get_label()}
+    assert colours == {figures.COLOURS["l2_ae"]}
+    for lines, threshold in ((halves, 0.143), (truth, 0.5)):
+        assert [threshold] * 2 in [list(line.get_ydata()) for line in lines]
+
+
+def test_relions_curves_are_drawn_where_it_ran(reconstructed):
+    *given, stored = reconstructed
+    found = {"frequency": [0, 0.1], "corrected": [1, 0.2], "truth": [1, 0.4]}
+    relion = {"ran": True, "reason": "", "stacks": {"clean": found}}
+    halves, truth, legend = drawn(figures.reconstructions(*given, relion, stored))
+    assert "label of clean, poses by RELION" in legend and "" not in legend
+    for lines, values in ((halves, [1, 0.2]), (truth, [1, 0.4])):
+        (line,) = [line for line in lines if line.get_linestyle() == ":"]
+        assert list(line.get_ydata()) == values
+
+
+def test_ticks_of_fsc_stand_at_the_frequencies_they_name(reconstructed):
+    *given, stored = reconstructed
+    figure = figures.reconstructions(*given, {"ran": True, "reason": "", "stacks": {}}, stored)
+    ax = next(ax for ax in figure.axes if "resolution" in ax.get_xlabel())
+    for tick, label in zip(ax.get_xticks(), ax.get_xticklabels()):
+        assert tick == pytest.approx(1 / float(label.get_text()))
+    assert ax.get_xlim() == (0, 0.25)  # Nyquist of 2 A
+
+
+def test_a_slice_is_the_one_asked_for():
+    volume = np.arange(8, dtype=np.uint8)[:, None, None] * np.ones((8, 8, 8), np.uint8)
+    figure = figures.show_slices({"a": volume, "b": volume}, 5)
+    assert [ax.get_title() for ax in figure.axes] == ["a", "b"]
+    assert all((ax.images[0].get_array() == 5).all() for ax in figure.axes)

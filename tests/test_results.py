@@ -55,3 +55,35 @@ def test_tables_follow_from_the_values_of_single_images(per_image):
         name = f"{row.method}/{row.experiment}" + (f"/seed{row.seed}" if row.seed >= 0 else "")
         for metric, values in per_image.items():
             assert values[name].mean() == pytest.approx(getattr(row, metric), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def resolution():
+    return pd.read_csv(RESULTS / "resolution.csv").set_index("stack")
+
+
+def test_every_stack_of_the_scale_is_reconstructed(resolution):
+    export = read_scale(ROOT / "scales" / "laptop.yaml")["export"]
+    assert set(resolution.index) == {"clean", "noisy", *export["stack_runs"], *export["stack_halves"]}
+
+
+def test_clean_images_give_the_volume_and_independent_noise_lets_half_maps_tell_the_truth(resolution):
+    """Unmasked, 0.143 between half-maps of independent noise is 0.5 against the truth (Rosenthal & Henderson 2003)."""
+    nyquist = 2 * read_scale(ROOT / "scales" / "laptop.yaml")["data"]["pixel_size"]
+    assert resolution.loc["clean"].to_numpy() == pytest.approx(nyquist, rel=1e-3)
+    noisy = resolution.loc["noisy"]
+    assert noisy["halves 0.143"] == pytest.approx(noisy["truth 0.5"], rel=0.2)
+
+
+def test_half_maps_of_one_network_claim_more_than_is_true(resolution):
+    for stack in read_scale(ROOT / "scales" / "laptop.yaml")["export"]["stack_runs"]:
+        assert resolution.loc[stack, "halves 0.143"] < resolution.loc[stack, "truth 0.5"] - 2, stack
+
+
+def test_clean_images_tell_conformations_apart_and_no_denoiser_beats_the_noisy_image_at_known_poses():
+    table = pd.read_csv(RESULTS / "assignment.csv").groupby("method").mean()
+    n_test = read_scale(ROOT / "scales" / "laptop.yaml")["data"]["n_test"]
+    assert table.loc["clean", "known_pose"] == 1 and table.loc["clean", "ari"] > 0.95
+    ceiling = table.loc["noisy", "known_pose"]
+    others = table["known_pose"].drop(["clean", "noisy"])
+    assert (others < ceiling + 2 * np.sqrt(ceiling * (1 - ceiling) / n_test)).all()
