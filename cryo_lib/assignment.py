@@ -1,4 +1,7 @@
-"""Telling conformations apart: clusters without labels, and the nearest projection at known poses."""
+"""Telling conformations apart: clusters without labels, and the nearest projection at known poses.
+
+scikit-learn runs on one thread: on several, its sums, and t-SNE with them, differ from run to run.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE, Isomap
 from sklearn.metrics import adjusted_rand_score, confusion_matrix
+from threadpoolctl import threadpool_limits
 
 from cryo_lib import checks
 
@@ -20,12 +24,14 @@ def principal_components(images: Any, n_components: int, seed: int = 0) -> np.nd
     """Return the first principal components of images `(n, h, w)`: `(n, n_components)`, or fewer where n is smaller."""
     images = checks.as_images("images", images)
     n_components = min(checks.integer("n_components", n_components, low=1), len(images), images[0].size)
-    return PCA(n_components, random_state=seed).fit_transform(images.reshape(len(images), -1))
+    with threadpool_limits(1):
+        return PCA(n_components, random_state=seed).fit_transform(images.reshape(len(images), -1))
 
 
 def cluster(points: np.ndarray, n_clusters: int, seed: int = 0) -> np.ndarray:
     """Return k-means labels `(n,)` of points `(n, d)`, best of ten starts; ValueError for more clusters than points."""
-    return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
+    with threadpool_limits(1):
+        return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(points)
 
 
 def embed(points: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
@@ -35,10 +41,13 @@ def embed(points: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     that of perfect clusters does, Isomap joins its parts by their shortest links.
     """
     perplexity, neighbours = (min(at_most, len(points) // 3) for at_most in (30, 10))
-    with warnings.catch_warnings():
+    methods = {
+        "t-SNE": TSNE(perplexity=perplexity, init="pca", random_state=seed),
+        "Isomap": Isomap(n_neighbors=neighbours, n_components=2, eigen_solver="dense"),  # ARPACK starts at random
+    }
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The number of connected components|Changing the sparsity structure")
-        isomap = Isomap(n_neighbors=neighbours, n_components=2).fit_transform(points)
-    return {"t-SNE": TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points), "Isomap": isomap}
+        return {name: method.fit_transform(points) for name, method in methods.items()}
 
 
 def agreement(truth: Any, labels: Any) -> dict[str, float]:

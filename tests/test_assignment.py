@@ -73,6 +73,13 @@ def test_states_in_one_view_are_found_without_labels(states):
         assert assignment.agreement(shown, assignment.cluster(points, 3))["ari"] > 0.9
 
 
+def test_the_same_points_give_the_same_map_bit_for_bit():
+    points = np.random.default_rng(0).standard_normal((300, 10))
+    first, second = assignment.embed(points), assignment.embed(points)
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
 def test_templates_of_another_size_are_named():
     with pytest.raises(ValueError, match=r"images and templates\[1\]: expected the same shape"):
         assignment.nearest(np.ones((2, 8, 8)), [np.ones((2, 8, 8)), np.ones((2, 9, 9))])
