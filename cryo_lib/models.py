@@ -30,20 +30,46 @@ class Residual(nn.Module):
         return torch.relu(x + self.norm(self.conv(x)))
 
 
+class SameConv(nn.Conv2d):
+    """A 4x4 convolution that keeps the size: padded by one pixel before and two after."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (1, 2, 1, 2)))
+
+
+class Wide(nn.Module):
+    """ReLU(x + f(x)), f a 1x1, a 4x4 and a 1x1 convolution with batch norm, ReLU between: the 256 px networks' block.
+
+    All of one width, so the 4x4 convolution holds nearly all parameters.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        convolutions = nn.Conv2d(channels, channels, 1), SameConv(channels, channels), nn.Conv2d(channels, channels, 1)
+        layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(channels), nn.ReLU())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.layers(x))
+
+
 class Level(nn.Module):
     """A change of resolution and the residual blocks after it.
 
     `resample` is a stride-2 convolution (down) or transposed convolution (up), 4x4, then batch norm; its output, plus
-    `skip` where one is given, goes through ReLU and `blocks` residual blocks. `forward` returns the level's output and
-    its map before the ReLU, which is what skips carry.
+    `skip` where one is given, goes through ReLU and `blocks` residual blocks of the kind `block`. `forward` returns the
+    level's output and its map before the ReLU, which is what skips carry.
     """
 
-    def __init__(self, resample: nn.Module, blocks: int) -> None:
+    def __init__(self, resample: nn.Module, blocks: int, block: type[nn.Module] = Residual) -> None:
         super().__init__()
         channels = resample.out_channels
         self.resample = resample
         self.norm = nn.BatchNorm2d(channels)
-        self.blocks = nn.Sequential(*(Residual(channels) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(block(channels) for _ in range(blocks)))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         before_relu = self.norm(self.resample(x))
@@ -84,12 +110,17 @@ class ResNetGenerator(nn.Module):
     ValueError : image_size or width is not as stated; in `forward`, images of another size.
     """
 
+    multiples, blocks, block = (1, 2, 4), (3, 3, 3), Residual  # of the encoder's levels; the decoder mirrors them
+
     def __init__(self, image_size: int, width: int = 64) -> None:
         super().__init__()
-        self.image_size = checks.integer("image_size", image_size, low=8, multiple_of=8)
+        smallest = 2 ** len(self.multiples)
+        self.image_size = checks.integer("image_size", image_size, low=smallest, multiple_of=smallest)
         width = checks.integer("width", width, low=1)
-        self.down = nn.ModuleList([Level(_down(i, o), 3) for i, o in _pairs(1, width, 2 * width, 4 * width)])
-        self.up = nn.ModuleList([Level(_up(i, o), 3) for i, o in _pairs(4 * width, 2 * width, width)])
+        channels = [multiple * width for multiple in self.multiples]
+        down, up = zip(_pairs(1, *channels), self.blocks), zip(_pairs(*channels[::-1]), self.blocks[-2::-1])
+        self.down = nn.ModuleList([Level(_down(i, o), blocks, self.block) for (i, o), blocks in down])
+        self.up = nn.ModuleList([Level(_up(i, o), blocks, self.block) for (i, o), blocks in up])
         self.last = nn.Sequential(_up(width, 1), nn.BatchNorm2d(1), nn.Tanh())
         self.apply(_initialise)
 
@@ -103,6 +134,15 @@ class ResNetGenerator(nn.Module):
         for level, skip in zip(self.up, skips[-2::-1]):
             y, _ = level(y, skip)
         return self.last(y)
+
+
+class DeepGenerator(ResNetGenerator):
+    """The generator for 256 px (EMPIAR-10028): six stride-2 levels of up to 8 times `width` channels, `Wide` blocks.
+
+    Skips at every level. 78.8 million parameters at the paper's width of 64; `image_size` a multiple of 64.
+    """
+
+    multiples, blocks, block = (1, 2, 4, 8, 8, 8), (3, 3, 3, 3, 2, 0), Wide
 
 
 class ResNetDiscriminator(nn.Module):
@@ -128,11 +168,31 @@ class ResNetDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`."""
+        """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`; `DeepDiscriminator`'s are 3 fewer a side."""
         _check_size(x, self.image_size)
         for level in self.down:
             x, _ = level(x)
         return self.last(x)
+
+
+class DeepDiscriminator(ResNetDiscriminator):
+    """The discriminator for 256 px: a fourth level of 8 times `width` channels at one resolution, two valid convolutions.
+
+    `Wide` blocks, 2, 2, 3 and 2 a level: 26x26 patch scores for 256 px. 20.7 million parameters at the paper's
+    width of 64, which is what fixes the blocks that the text leaves open. `image_size` a multiple of 8, at least 64.
+    """
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        nn.Module.__init__(self)
+        self.image_size = checks.integer("image_size", image_size, low=64, multiple_of=8)
+        width = checks.integer("width", width, low=1)
+        channels = zip(_pairs(1, width, 2 * width, 4 * width), (2, 2, 3))
+        self.down = nn.ModuleList([Level(_down(i, o), blocks, Wide) for (i, o), blocks in channels])
+        self.down.append(Level(SameConv(4 * width, 8 * width), 2, Wide))
+        self.last = nn.Sequential(
+            nn.Conv2d(8 * width, 8 * width, 4), nn.BatchNorm2d(8 * width), nn.ReLU(), nn.Conv2d(8 * width, 1, 4)
+        )
+        self.apply(_initialise)
 
 
 def _pairs(*channels: int) -> list[tuple[int, int]]:
@@ -147,8 +207,8 @@ def _check_size(images: Tensor, size: int) -> None:
         )
 
 
-GENERATORS = {"resnet": ResNetGenerator}
-DISCRIMINATORS = {"resnet": ResNetDiscriminator}
+GENERATORS = {"resnet": ResNetGenerator, "resnet256": DeepGenerator}
+DISCRIMINATORS = {"resnet": ResNetDiscriminator, "resnet256": DeepDiscriminator}
 
 
 def parameter_count(model: nn.Module) -> int:

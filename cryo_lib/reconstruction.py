@@ -39,12 +39,9 @@ class _NormalEquations:
 
     back_projection: np.ndarray  # (n, n, n)
     kernel: np.ndarray  # (2n, 2n, 2n), zero shift at its centre
-    count: int  # images
 
     def __add__(self, other: _NormalEquations) -> _NormalEquations:
-        return _NormalEquations(
-            self.back_projection + other.back_projection, self.kernel + other.kernel, self.count + other.count
-        )
+        return _NormalEquations(self.back_projection + other.back_projection, self.kernel + other.kernel)
 
     def solve(self, regularisation: float, iterations: int, threads: int) -> np.ndarray:
         """Return the `(n, n, n)` float32 solution inside the sphere inscribed in the box, zero outside."""
@@ -52,10 +49,10 @@ class _NormalEquations:
         grid, axis = (2 * n,) * 3, np.arange(n) - n // 2
         inside = (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < (n // 2) ** 2).astype(np.float32)
         density = scipy.fft.rfftn(scipy.fft.ifftshift(self.kernel), workers=threads).real / n**3
-        k, k_last = scipy.fft.fftfreq(2 * n, 1 / n), scipy.fft.rfftfreq(2 * n, 1 / n)
-        radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + k_last**2)
-        expected = self.count / (2 * np.maximum(radius, 0.5))  # samples a Fourier voxel, were the views uniform
-        inverse = (1 / (expected + regularisation)).astype(np.float32)
+        shell = _shells(2 * n)[0]
+        samples = np.bincount(shell.ravel(), density.ravel()) / np.bincount(shell.ravel())  # a Fourier voxel
+        samples[n - 4 :] = samples[n - 4]  # none beyond Nyquist, where the inverse is not to grow
+        inverse = (1 / (samples + max(regularisation, 1e-3 * samples[n - 4]))).astype(np.float32)[shell]
 
         def convolve(volume: np.ndarray, transfer: np.ndarray) -> np.ndarray:
             spectrum = scipy.fft.rfftn(volume.reshape(n, n, n) * inside, s=grid, workers=threads)
@@ -75,24 +72,27 @@ def reconstruct(
     poses: Any,
     *,
     pixel_size: float | None = None,
+    ctf: Any = None,
     regularisation: float = 0.1,
     iterations: int = 10,
     threads: int | None = None,
 ) -> np.ndarray:
-    """Return the volume whose projections at known poses are closest to the images, without CTF.
+    """Return the volume whose projections at known poses, through the CTF if one is given, are closest to the images.
 
     Minimises ||A v - y||^2 + `regularisation` n ||v||^2 over volumes v inside the sphere inscribed in the box, A being
-    `imaging.project`, the misfit taken up to Nyquist. Images are read in batches: memory does not grow with their
+    `imaging.project` and the CTF, the misfit taken up to Nyquist. Images are read in batches: memory does not grow with their
     number.
 
     Parameters
     ----------
     images : `(m, n, n)`, an array or `ParticleStack.images`, read as needed.
     poses : rotations `(m, 3, 3)`, image axes to volume axes, or `ParticleStack.poses`.
-    pixel_size : A; needed where the poses have shifts, which are in A.
+    pixel_size : A; needed where the poses have shifts, which are in A, and for the CTF.
+    ctf : `ParticleStack.ctf`, a row an image (see `imaging.ctf`); None for images that have none, or keep it.
     regularisation : >= 0, the weight of the prior v = 0, as a number of samples in each Fourier voxel: it holds down
         what hardly any view has seen, and does nothing to shells where samples abound.
-    iterations : of preconditioned conjugate gradients; 10 bring clean projections to FSC > 0.998 below 80 % of Nyquist.
+    iterations : of preconditioned conjugate gradients; 10 bring clean projections to FSC > 0.998 below 80 % of Nyquist,
+        with a CTF, which hardly passes the lowest shells, 40.
     threads : None for the process's cores, at most 4, each holding a Fourier grid of 2.5 times the box. The result does
         not depend on it.
 
@@ -108,7 +108,7 @@ def reconstruct(
     `imaging.project`.
     """
     options = {"regularisation": regularisation, "iterations": iterations, "threads": threads}
-    return _least_squares(images, poses, lambda m: [np.arange(m)], pixel_size=pixel_size, **options)[-1]
+    return _least_squares(images, poses, lambda m: [np.arange(m)], pixel_size=pixel_size, ctf=ctf, **options)[-1]
 
 
 def half_maps(images: Any, poses: Any, half_sets: Any, **options: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,6 +143,7 @@ def _least_squares(
     grouped: Callable[[int], list[np.ndarray]],
     *,
     pixel_size: float | None = None,
+    ctf: Any = None,
     regularisation: float = 0.1,
     iterations: int = 10,
     threads: int | None = None,
@@ -157,21 +158,27 @@ def _least_squares(
         raise ValueError(
             f"images: expected square ones, one a pose, of shape ({len(rotations)}, n, n), got {tuple(images.shape)}"
         )
-    if shifts.any():
-        if pixel_size is None:
-            raise ValueError("pixel_size: expected A per pixel, since the poses have shifts in A, got None")
-        shifts = shifts / checks.number("pixel_size", pixel_size, above=0)
+    if ctf is not None and len(ctf) != len(images):
+        raise ValueError(f"ctf: expected {len(images)} rows, one an image, got {len(ctf)}")
+    if pixel_size is None and (shifts.any() or ctf is not None):
+        raise ValueError("pixel_size: expected A per pixel, since the poses have shifts in A, or for the CTF, got None")
+    pixel_size = 1.0 if pixel_size is None else checks.number("pixel_size", pixel_size, above=0)
+    shifts = shifts / pixel_size
+
+    def transfer(rows: np.ndarray) -> np.ndarray | float:
+        return 1.0 if ctf is None else imaging.ctf(ctf.iloc[rows], images.shape[1], pixel_size)
+
     regularisation = checks.number("regularisation", regularisation, low=0)
     iterations = checks.integer("iterations", iterations, low=1)
     threads = checks.integer("threads", min(imaging.cores(), 4) if threads is None else threads, low=1)
-    equations = [_normal_equations(images, rotations, shifts, rows, threads) for rows in grouped(len(images))]
+    equations = [_normal_equations(images, rotations, shifts, transfer, rows, threads) for rows in grouped(len(images))]
     if len(equations) > 1:
         equations.append(reduce(add, equations))
     return [each.solve(regularisation, iterations, threads) for each in equations]
 
 
 def _normal_equations(
-    images: Any, rotations: np.ndarray, shifts: np.ndarray, rows: np.ndarray, threads: int
+    images: Any, rotations: np.ndarray, shifts: np.ndarray, transfer: Callable, rows: np.ndarray, threads: int
 ) -> _NormalEquations:
     """Sum A^H y and the kernel of A^H A over batches, each made by one thread, added in order whatever their number."""
     n = images.shape[1]
@@ -185,17 +192,18 @@ def _normal_equations(
     def of_batch(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch = checks.as_images(f"images {part[0]} to {part[-1]}", images[part])
         centre = (n + 1) // 2 + shifts[part]
+        through = np.broadcast_to(transfer(part), (len(part), n, len(kx))).reshape(len(part), -1)[:, inside]
         spectra = scipy.fft.rfft2(batch).reshape(len(part), -1)[:, inside]
-        spectra *= twice * np.exp(1j * (centre @ plane)).astype(np.complex64)
+        spectra *= twice * through * np.exp(1j * (centre @ plane)).astype(np.complex64)
         x, y, z = (rotations[part, :, :2].transpose(1, 0, 2) @ plane).astype(np.float32).reshape(3, -1)
-        weights = np.tile(twice, len(part)).astype(np.complex64)
+        weights = (twice * through**2).ravel().astype(np.complex64)
         back_projection = finufft.nufft3d1(z, y, x, spectra.ravel(), (n,) * 3, **options)
         kernel = finufft.nufft3d1(z, y, x, weights, (2 * n,) * 3, **options)
         return back_projection.real, kernel.real
 
     size = max(1, POINTS // len(twice))
     batches = (rows[start : start + size] for start in range(0, len(rows), size))
-    total = _NormalEquations(np.zeros((n,) * 3, np.float32), np.zeros((2 * n,) * 3, np.float32), len(rows))
+    total = _NormalEquations(np.zeros((n,) * 3, np.float32), np.zeros((2 * n,) * 3, np.float32))
     with ThreadPoolExecutor(threads) as pool:
         for back_projection, kernel in pool.map(of_batch, batches):
             total.back_projection += back_projection

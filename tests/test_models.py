@@ -9,6 +9,8 @@ from cryo_lib import models
 def test_parameter_counts_at_the_papers_width():
     assert models.parameter_count(models.ResNetGenerator(128)) == 4_195_843
     assert models.parameter_count(models.ResNetDiscriminator(128)) == 2_803_393
+    assert round(models.parameter_count(models.DeepGenerator(256)) / 1e6, 1) == 78.8
+    assert round(models.parameter_count(models.DeepDiscriminator(256)) / 1e6, 1) == 20.7
 
 
 @pytest.mark.parametrize("size, width", [(32, 4), (40, 3), (48, 16), (128, 2), (256, 1)])
@@ -18,6 +20,36 @@ def test_shapes_at_any_width_and_multiple_of_8(size, width):
     assert x_hat.shape == images.shape and x_hat.abs().max() < 1
     patches = size // 8 - 3
     assert models.ResNetDiscriminator(size, width)(images).shape == (2, 1, patches, patches)
+
+
+@pytest.mark.parametrize("size, width", [(64, 3), (128, 2), (256, 1)])
+def test_the_256_px_networks_have_six_levels_and_patches_of_their_own(size, width):
+    images = torch.rand(2, 1, size, size)
+    model = models.DeepGenerator(size, width).double()
+    x_hat = model(images.double())
+    assert x_hat.shape == images.shape and x_hat.abs().max() < 1 and len(model.down) == 6 and len(model.up) == 5
+    patches = size // 8 - 6
+    assert models.DeepDiscriminator(size, width)(images).shape == (2, 1, patches, patches)
+
+
+def test_the_256_px_generator_adds_the_encoders_maps_at_every_level():
+    """With everything below a level silenced, the output still depends on the input through that level's skip."""
+    images = torch.rand(2, 1, 64, 64, requires_grad=True)
+    for silenced in range(5):
+        model = models.DeepGenerator(64, 2).eval()
+        model.up[silenced].resample.weight.data.zero_()
+        (gradient,) = torch.autograd.grad(model(images).square().sum(), images)
+        assert gradient.abs().max() > 0, silenced
+
+
+def test_a_same_convolution_keeps_the_size_and_is_centred():
+    conv = models.SameConv(1, 1)
+    conv.bias.data.zero_()
+    conv.weight.data.copy_(torch.arange(16.0).view(1, 1, 4, 4))
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 4, 4] = 1
+    out = conv(image)[0, 0]
+    assert out.shape == (8, 8) and torch.equal(out[2:6, 2:6], conv.weight.data[0, 0].flip(0, 1))
 
 
 def test_128_px_has_13_by_13_patch_scores():
@@ -36,6 +68,7 @@ def test_skips_carry_the_encoder_to_the_decoder():
 @pytest.mark.parametrize("build, size, message", [
     (models.ResNetGenerator, 100, "image_size: expected a multiple of 8, got 100; use 96 or 104"),
     (models.ResNetDiscriminator, 24, "image_size: expected an integer >= 32, got 24"),
+    (models.DeepGenerator, 200, "image_size: expected a multiple of 64, got 200; use 192 or 256"),
 ])
 def test_impossible_sizes_are_refused(build, size, message):
     with pytest.raises(ValueError, match=message):
@@ -48,12 +81,13 @@ def test_images_of_another_size_are_refused(build):
         build(32, 2)(torch.rand(2, 1, 40, 40))
 
 
-def test_a_checkpoint_comes_back_whole(tmp_path):
-    model = models.ResNetGenerator(32, 4).eval()
-    card = {"architecture": "resnet", "image_size": 32, "width": 4, "note": "kept"}
+@pytest.mark.parametrize("architecture, size", [("resnet", 32), ("resnet256", 64)])
+def test_a_checkpoint_comes_back_whole(architecture, size, tmp_path):
+    model = models.GENERATORS[architecture](size, 4).eval()
+    card = {"architecture": architecture, "image_size": size, "width": 4, "note": "kept"}
     path = models.save(tmp_path / "g.safetensors", model, card)
     loaded, read = models.load(path)
-    images = torch.rand(3, 1, 32, 32)
+    images = torch.rand(3, 1, size, size)
     assert read == card and torch.equal(loaded(images), model(images)) and not loaded.training
 
 

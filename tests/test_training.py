@@ -62,6 +62,18 @@ def assert_same_weights(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
+@pytest.mark.parametrize("method", ["beta_05_05_l1", "wgan_gp_l1"])
+def test_the_256_px_networks_learn_in_the_same_loop(method):
+    """Every convolution of both moves, and the reconstruction loss falls."""
+    x = np.random.default_rng(1).random((8, 64, 64), np.float32)
+    settings = replace(SMALL, architecture="resnet256", batch_size=4, eta_g=1e-3)
+    t = Trainer(losses.METHODS[method], settings, lambda epoch: (x, x + 0.1), 0, CPU)
+    kernels = [p for network in (t.generator, t.discriminator) for p in network.parameters() if p.ndim == 4]
+    before = [kernel.detach().clone() for kernel in kernels]
+    found = [float(t.step(t.x[:4], t.y[:4])["reconstruction"]) for _ in range(6)]
+    assert all(not torch.equal(a, b) for a, b in zip(before, kernels)) and found[-1] < found[0]
+
+
 def test_an_autoencoder_step_is_adam_on_the_reconstruction_loss(double):
     """Algorithm 1 without a discriminator, replayed by plain torch."""
     t = trainer("l2_ae", replace(SMALL, k_g=2))
@@ -271,7 +283,7 @@ def test_a_collapse_stops_with_the_reason(tmp_path):
     [
         ({"eta_g": "1e-3"}, TypeError, "eta_g: expected a number, got '1e-3' .*in YAML write 1.0e-3"),
         ({"epochs": 0}, ValueError, "epochs: expected an integer >= 1, got 0"),
-        ({"architecture": "unet"}, ValueError, "architecture: expected one of resnet, got 'unet'"),
+        ({"architecture": "unet"}, ValueError, "architecture: expected one of resnet, resnet256, got 'unet'"),
         ({"reconstruction_reduction": "max"}, ValueError, "expected one of mean, sum, got 'max'"),
         ({"learning_rate": 1}, TypeError, "unexpected keyword argument 'learning_rate'"),
     ],
