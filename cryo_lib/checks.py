@@ -44,7 +44,9 @@ def as_images(name: str, value: Any, dtype: type = np.float32) -> np.ndarray:
 def same_shape(name_a: str, a: np.ndarray, name_b: str, b: np.ndarray) -> None:
     """Raise ValueError unless arrays `a` and `b` have one shape."""
     if a.shape != b.shape:
-        raise ValueError(f"{name_a} and {name_b}: expected the same shape, got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"{name_a} and {name_b}: expected the same shape, got {a.shape} and {b.shape}; crop, pad or resample one of them"
+        )
 
 
 def number(name: str, value: Any, *, low: float | None = None, high: float | None = None, above: float | None = None) -> float:

@@ -158,14 +158,21 @@ class ResNetDiscriminator(nn.Module):
     width : channels of the first level, >= 1.
     """
 
+    levels = (_down, 1, 2), (_down, 2, 2), (_down, 4, 3)  # resampling, channels in widths, residual blocks
+    block, smallest = Residual, 32
+
     def __init__(self, image_size: int, width: int = 64) -> None:
         super().__init__()
-        self.image_size = checks.integer("image_size", image_size, low=32, multiple_of=8)
+        self.image_size = checks.integer("image_size", image_size, low=self.smallest, multiple_of=8)
         width = checks.integer("width", width, low=1)
-        channels = _pairs(1, width, 2 * width, 4 * width)
-        self.down = nn.ModuleList([Level(_down(i, o), blocks) for (i, o), blocks in zip(channels, (2, 2, 3))])
-        self.last = nn.Conv2d(4 * width, 1, 4)
+        channels = [1, *(multiple * width for _, multiple, _ in self.levels)]
+        steps = zip(self.levels, _pairs(*channels))
+        self.down = nn.ModuleList([Level(resample(i, o), blocks, self.block) for (resample, _, blocks), (i, o) in steps])
+        self.last = self._scores(channels[-1])
         self.apply(_initialise)
+
+    def _scores(self, channels: int) -> nn.Module:
+        return nn.Conv2d(channels, 1, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`; `DeepDiscriminator`'s are 3 fewer a side."""
@@ -182,17 +189,13 @@ class DeepDiscriminator(ResNetDiscriminator):
     width of 64, which is what fixes the blocks that the text leaves open. `image_size` a multiple of 8, at least 64.
     """
 
-    def __init__(self, image_size: int, width: int = 64) -> None:
-        nn.Module.__init__(self)
-        self.image_size = checks.integer("image_size", image_size, low=64, multiple_of=8)
-        width = checks.integer("width", width, low=1)
-        channels = zip(_pairs(1, width, 2 * width, 4 * width), (2, 2, 3))
-        self.down = nn.ModuleList([Level(_down(i, o), blocks, Wide) for (i, o), blocks in channels])
-        self.down.append(Level(SameConv(4 * width, 8 * width), 2, Wide))
-        self.last = nn.Sequential(
-            nn.Conv2d(8 * width, 8 * width, 4), nn.BatchNorm2d(8 * width), nn.ReLU(), nn.Conv2d(8 * width, 1, 4)
+    levels = *ResNetDiscriminator.levels, (SameConv, 8, 2)
+    block, smallest = Wide, 64
+
+    def _scores(self, channels: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(channels, channels, 4), nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 1, 4)
         )
-        self.apply(_initialise)
 
 
 def _pairs(*channels: int) -> list[tuple[int, int]]:

@@ -80,8 +80,8 @@ def reconstruct(
     """Return the volume whose projections at known poses, through the CTF if one is given, are closest to the images.
 
     Minimises ||A v - y||^2 + `regularisation` n ||v||^2 over volumes v inside the sphere inscribed in the box, A being
-    `imaging.project` and the CTF, the misfit taken up to Nyquist. Images are read in batches: memory does not grow with their
-    number.
+    `imaging.project` and the CTF, the misfit taken up to Nyquist. Images are read in batches: memory does not grow with
+    their number.
 
     Parameters
     ----------
@@ -165,8 +165,10 @@ def _least_squares(
     pixel_size = 1.0 if pixel_size is None else checks.number("pixel_size", pixel_size, above=0)
     shifts = shifts / pixel_size
 
-    def transfer(rows: np.ndarray) -> np.ndarray | float:
-        return 1.0 if ctf is None else imaging.ctf(ctf.iloc[rows], images.shape[1], pixel_size)
+    n = images.shape[1]
+
+    def transfer(rows: np.ndarray) -> np.ndarray:
+        return np.ones((1, n, n // 2 + 1), np.float32) if ctf is None else imaging.ctf(ctf.iloc[rows], n, pixel_size)
 
     regularisation = checks.number("regularisation", regularisation, low=0)
     iterations = checks.integer("iterations", iterations, low=1)
@@ -192,11 +194,11 @@ def _normal_equations(
     def of_batch(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch = checks.as_images(f"images {part[0]} to {part[-1]}", images[part])
         centre = (n + 1) // 2 + shifts[part]
-        through = np.broadcast_to(transfer(part), (len(part), n, len(kx))).reshape(len(part), -1)[:, inside]
+        through = transfer(part).reshape(-1, len(inside))[:, inside]
         spectra = scipy.fft.rfft2(batch).reshape(len(part), -1)[:, inside]
         spectra *= twice * through * np.exp(1j * (centre @ plane)).astype(np.complex64)
         x, y, z = (rotations[part, :, :2].transpose(1, 0, 2) @ plane).astype(np.float32).reshape(3, -1)
-        weights = (twice * through**2).ravel().astype(np.complex64)
+        weights = np.broadcast_to(twice * through**2, spectra.shape).astype(np.complex64).ravel()
         back_projection = finufft.nufft3d1(z, y, x, spectra.ravel(), (n,) * 3, **options)
         kernel = finufft.nufft3d1(z, y, x, weights, (2 * n,) * 3, **options)
         return back_projection.real, kernel.real

@@ -145,7 +145,7 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float) -> P
         raise ValueError(f"{star}: expected bright protein, as RELION does, got dark; multiply the images by -1")
     out, log = folder / PARTICLES, folder / "prepare.log"
     inputs = [Path(star), *(Path(file.path) for file in stack.images.files)]
-    command = f"prepare {Path(star).absolute()} {folder.absolute()} {particle_diameter:g}"
+    command = f"prepare {_inside(folder, star)} {particle_diameter:g}"
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"folder: expected another folder than that of {star}, got {folder}; choose a new one")
     if _is_done(log, command, inputs, [out, out.with_suffix(".mrcs")]):
@@ -159,8 +159,7 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float) -> P
     write(out.with_suffix(".mrcs"), (_centred(images, background) / sd for images in _batches(stack)), stack)
     names = [f"{number:06d}@{out.stem}.mrcs" for number in range(1, len(stack) + 1)]
     table = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": stack.table["rlnOpticsGroup"]})
-    with atomic(out) as part:
-        starfile.write({"optics": stack.optics, "particles": table}, part, overwrite=True)
+    _write_star(out, stack.optics, table)
     log.write_text(f"{command}\nbackground sd {sd}\n{_DONE}\n")
     return out
 
@@ -179,8 +178,7 @@ def select(folder: str | Path, star: str | Path, rows: Any, name: str = "selecte
     if table.empty:
         raise ValueError(f"rows: expected some of the {len(stack)} particles of {star}, got none")
     if not out.is_file() or starfile.read(out)["particles"]["rlnImageName"].tolist() != table["rlnImageName"].tolist():
-        with atomic(out) as part:
-            starfile.write({"optics": stack.optics, "particles": table}, part, overwrite=True)
+        _write_star(out, stack.optics, table)
     return out
 
 
@@ -437,7 +435,7 @@ def reconstruct(
             "takes as 0; give the star file that a refinement wrote"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["relion_reconstruct", "--i", star.name, "--o", str(out)]
+    command = ["relion_reconstruct", "--i", star.name, "--o", _inside(star.parent, out)]
     command += [] if half is None else ["--subset", checks.choice("half", half, (1, 2))]
     if max_resolution is not None:
         command += ["--maxres", checks.number("max_resolution", max_resolution, above=0.0)]
@@ -546,6 +544,11 @@ def _particles(folder: str | Path, star: str | Path, name: str) -> pd.DataFrame:
         got = f"{len(table)} that are not the same; run it again"
         raise RelionError(f"{Path(folder) / name}: expected the {len(names)} particles of {star}, got {got}")
     return table.loc[names].reset_index(drop=True)
+
+
+def _write_star(out: Path, optics: pd.DataFrame, particles: pd.DataFrame) -> None:
+    with atomic(out) as part:
+        starfile.write({"optics": optics, "particles": particles}, part, overwrite=True)
 
 
 def _blocks(path: Path, *names: str) -> dict[str, Any]:

@@ -249,3 +249,4 @@ def test_the_whole_procedure_from_clean_images_alone(simulated, tmp_path):
     steps = ["prepare", "initial_model", "classify", "auto_refine", "auto_refine_join", "mask_create", "post_process"]
     assert list(relion.commands(tmp_path)) == steps
     assert not any(" --ctf" in command for command in relion.commands(tmp_path).values())
+    assert not any(str(tmp_path.parent) in command for command in relion.commands(tmp_path).values())  # paths are relative
