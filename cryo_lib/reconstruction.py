@@ -6,7 +6,7 @@ interpolation) are closest to the images, by non-uniform FFT and conjugate gradi
 
 Why finufft: on 128 px projections of the phantom, two busy cores, 500 images took 16 s (20 s by relion_reconstruct),
 lowest FSC against the truth up to 80 % of Nyquist 0.9995 (0.9966); 200 images took 7 s (19 s by torch-fourier-slice),
-FSC at 75 % of Nyquist 0.975 (0.895). 20,000 images took 43 s and 2 GiB on the two cores when quiet. torch-projectors
+FSC at 75 % of Nyquist 0.975 (0.895). 20,000 images took 45 s and 2 GiB on the two cores when quiet. torch-projectors
 has no wheel for this torch.
 """
 
