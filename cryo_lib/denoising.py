@@ -103,7 +103,7 @@ def fit(
         raise ValueError(f"card: expected image_size, pixel_size and background, got no {', '.join(missing)}; train it again")
     size, scale, background = card["image_size"], card["pixel_size"], card["background"]
     if stack.pixel_size is None:
-        raise ValueError(f"{stack.path}: expected a pixel size, to compare with the network's {scale:g} A, got none; give it")
+        raise ValueError(f"{stack.path}: expected a pixel size, to compare with the network's {scale:g} A, got none; open with pixel_size=...")
     (height, box), own = stack.images.shape[1:], stack.pixel_size
     same_scale = abs(own / scale - 1) < 0.005
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
@@ -112,7 +112,7 @@ def fit(
             f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got {height} x "
             f"{box} px of {own:g} A; allow resize {needed}, or train a network for this size"
         )
-    contrast = contrast_of(stack, contrast)
+    contrast, own = contrast_of(stack, contrast), scale if same_scale else own
 
     def denoise(images: np.ndarray) -> np.ndarray:
         y = imaging.standardise(images, own, size, scale, contrast)

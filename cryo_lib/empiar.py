@@ -38,7 +38,8 @@ from cryo_lib.particles import ParticleStack
 
 PARTICLES = "https://ftp.ebi.ac.uk/empiar/world_availability/10028/data/Particles"
 STAR = "shiny_2sets.star"
-MAP = "https://ftp.ebi.ac.uk/pub/databases/emdb/structures/EMD-2660/map/emd_2660.map.gz"
+PUBLISHED_MAP = "emd_2660.map"
+MAP = f"https://ftp.ebi.ac.uk/pub/databases/emdb/structures/EMD-2660/map/{PUBLISHED_MAP}.gz"
 PAUSES = (1.0, 3.0, 9.0, 27.0)  # s, after the first, second, ... answer in a row that was cut or a server error
 PROGRESS = 10.0  # s from one line of progress to the next
 CHUNK = 1 << 16  # bytes read at once
@@ -52,7 +53,7 @@ def fetch(
 ) -> tuple[Path, Path]:
     """Make `out/particles.star`, the stacks it names below `out`, and `out/map.mrc`; return the star and the map.
 
-    Of every stack come the rows that the published file (kept in `out`) lists first, their number in proportion. The
+    Of every stack come the rows that the published file (kept in `out`, as the map is) lists first, in proportion. The
     star has these rows in their order and to the letter, but for the image numbers: those in the local stacks.
 
     Parameters
@@ -75,7 +76,9 @@ def fetch(
         published = _Remote(session, f"{particles_url}/{STAR}")
         head, rows = _kept(published, out / STAR, shutil.copyfile, _read)
         rows = _first(rows, n_particles)
-        _kept(_Remote(session, map_url), volume, _unzip, _require_map)
+        _kept(_Remote(session, map_url), out / PUBLISHED_MAP, _unzip, _require_map)
+        with atomic(volume) as temporary:
+            shutil.copyfile(out / PUBLISHED_MAP, temporary)
         numbers = {name: np.unique(group) for name, group in rows.groupby("name", sort=False)["number"]}
         _fetch_stacks(session, particles_url, out, numbers, connections)
     local = rows.groupby("name")["number"].rank(method="dense").astype(int)

@@ -51,6 +51,8 @@ class Experiment:
         checks.choice("protocol", self.protocol, (*imaging.PROTOCOLS, MEASURED))
         if self.protocol != MEASURED:
             checks.number("snr", self.snr, above=0)
+        elif self.snr is not None:
+            raise ValueError(f"snr: expected None, since {MEASURED} images have their own noise, got {self.snr}")
         checks.choice("contamination", self.kind, ("none", *contamination.KINDS))
         checks.number("eps", self.eps, low=0, high=1)
         checks.choice("half", self.half, (0, 1, 2))

@@ -84,6 +84,12 @@ def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colou
     ax.text(margin + pixels / 2, image_size - 1.4 * margin, f"{length:g} Å", color=colour, ha="center", va="bottom", fontsize=6)
 
 
+def bar_length(side: float) -> float:
+    """The longest of 1, 2, 5, 10, ... A that is at most a third of `side`."""
+    power = 10 ** np.floor(np.log10(side / 3))
+    return float(power * max(step for step in (1, 2, 5) if step * power <= side / 3))
+
+
 def show_image(ax: Axes, image: np.ndarray, title: str = "", limits: tuple[float, float] = (0.0, 1.0)) -> None:
     """One image in grey on the fixed grey scale `limits`, no ticks."""
     ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")

@@ -335,12 +335,17 @@ def resample(images: Any, pixel_size: float, n: int, to: float) -> np.ndarray:
     ------
     TypeError, ValueError : images not finite or not square, bad numbers.
     """
-    images = checks.as_images("images", images)
-    h, w = images.shape[1:]
-    if h != w:
-        raise ValueError(f"images: expected square ones, got {h} x {w}; crop or pad them")
+    images = _square(images)
+    h = images.shape[1]
     matrix = _interpolation(h, (h + 1) // 2, pixel_size, n, (n + 1) // 2, to)
     return images if matrix is None else matrix @ images @ matrix.T
+
+
+def _square(images: Any) -> np.ndarray:
+    images = checks.as_images("images", images)
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"images: expected square ones, got {images.shape[1]} x {images.shape[2]}; crop or pad them")
+    return images
 
 
 def resample_volume(volume: Any, pixel_size: float, n: int, to: float) -> np.ndarray:
@@ -366,9 +371,10 @@ def _interpolation(h: int, centre: int, pixel_size: float, n: int, new_centre: i
 
 
 def background(images: Any, reach: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and sd, `(m,)` float64 each, of every image's background, as RELION's normalisation takes it.
+    """Return the mean and sd, `(m,)` float64 each, of every image's background.
 
-    It lies outside the circle inscribed in the middle `reach` of the box (1: the whole), and inside that square.
+    It lies outside the circle inscribed in the middle `reach` of the box (1: the whole), and inside that square; RELION's
+    extraction, which has the same purpose, takes a circle of 75 % of the box.
     """
     images = checks.as_images("images", images)
     y, x = np.ogrid[tuple(slice(-1, 1, side * 1j) for side in images.shape[1:])]
@@ -377,7 +383,7 @@ def background(images: Any, reach: float = 1.0) -> tuple[np.ndarray, np.ndarray]
 
 
 def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str = "bright") -> np.ndarray:
-    """Return particles on another grid, protein bright, the background of each of mean 0 and sd 1, as RELION's are.
+    """Return particles on another grid, protein bright, the background of each of mean 0 and sd 1 (see `background`).
 
     Parameters
     ----------
@@ -393,7 +399,7 @@ def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str
     TypeError, ValueError : see `resample`; another contrast; a background that does not vary (the image is named).
     """
     sign = {"bright": 1, "dark": -1}[checks.choice("contrast", contrast, ("bright", "dark"))]
-    images = checks.as_images("images", images)
+    images = _square(images)
     reach = min(1.0, images.shape[1] * pixel_size / (n * to))
     level, _ = background(images)
     images = resample(images - level[:, None, None].astype(np.float32), pixel_size, n, to)
@@ -409,8 +415,11 @@ def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str
 
 
 def power_spectrum(images: Any, pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return frequencies in 1/A and the mean power of images `(m, n, n)` at them, rotationally averaged, both `(n // 2 + 1,)`."""
-    images = checks.as_images("images", images)
+    """Return frequencies in 1/A and the mean power of images `(m, n, n)` at them, rotationally averaged, `(n // 2 + 1,)` each.
+
+    ValueError for images that are not square.
+    """
+    images = _square(images)
     n = images.shape[1]
     ring = np.rint(np.hypot(scipy.fft.fftfreq(n, 1 / n)[:, None], scipy.fft.rfftfreq(n, 1 / n))).astype(int)
     power = (np.abs(scipy.fft.rfft2(images)) ** 2).mean(axis=0) / n**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 from typing import Any
@@ -22,12 +22,14 @@ class Agreement:
     Attributes
     ----------
     gain : grey levels of the normalised image (background sd 1) for one of the reference, least squares.
+    level : the references' mean background, which in the normalised image is 0.
     snr : Var(signal) / Var(noise) over the whole image, the signal being the fitted reference with its CTF.
     own, others : mean correlation coefficient of an image with its reference, and with that of the next image.
     excess : (own - others) in standard errors.
     """
 
     gain: float
+    level: float
     snr: float
     own: float
     others: float
@@ -55,6 +57,7 @@ class Pairs:
             raise ValueError(f"{stack.path}: expected rlnAngleRot, rlnAngleTilt and rlnAnglePsi, got none; refine it first")
         if stack.pixel_size is None:
             raise ValueError(f"{stack.path}: expected a pixel size, got none; open it with pixel_size=...")
+        checks.number("voxel_size", voxel_size, above=0)
         self.stack, self.contrast = stack, contrast_of(stack, contrast)
         self.n, self.pixel_size = checks.integer("n", n, low=2, multiple_of=2), pixel_size
         self.volume = imaging.resample_volume(volume, voxel_size, n, pixel_size)
@@ -83,47 +86,98 @@ class Pairs:
         Raises
         ------
         ValueError : fewer than 20 rows; images that do not agree better with their own references than with others'; a map
-            that agrees better when it is turned by right angles, or mirrored.
+            that agrees better when it is turned by right angles or mirrored, moved by a voxel or two, or scaled by a few
+            per cent.
         """
         if len(rows) < 20:
             raise ValueError(f"rows: expected at least 20 to compare images with references, got {len(rows)}; give more")
         y, x = self.noisy(rows), self._seen(self.volume, rows)
-        gain = np.vdot(x, y) / np.vdot(x, x)
-        signal = gain**2 * x.var(axis=(1, 2)).mean()
+        level = float(imaging.background(self.clean(rows))[0].mean())
         own, others = _correlation(x, y), _correlation(np.roll(x, 1, axis=0), y)
+        x, y = _centred(x), _centred(y)
+        gain = np.vdot(x, y) / np.vdot(x, x)
+        signal = gain**2 * np.square(x).mean()
+        snr = signal / (np.square(y).mean() - signal)
         excess = _standard_errors(own - others)
-        found = Agreement(*map(float, (gain, signal / (y.var(axis=(1, 2)).mean() - signal), own.mean(), others.mean(), excess)))
         if excess < ENOUGH:
             raise ValueError(
-                f"{self.stack.path}: expected images to agree with the map's projections at their poses, at least {ENOUGH:g} "
-                f"standard errors better than with each other's, got {excess:.1f} (correlation {found.own:.4f} and "
-                f"{found.others:.4f}, {len(rows)} images); is it the map of this refinement, of the same hand, frame, "
+                f"{self.stack.path}: expected images to agree with the map's projections at their poses, at least "
+                f"{ENOUGH:g} standard errors better than with each other's, got {excess:.1f} (correlation {own.mean():.4f} "
+                f"and {others.mean():.4f}, {len(rows)} images); is it the map of this refinement, of the same hand, frame, "
                 "contrast and voxel size?"
             )
-        self._require_orientation(rows[:100], y[:100], own[:100])
-        return found
+        self._require_placed(rows[:100])
+        return Agreement(*map(float, (gain, level, snr, own.mean(), others.mean(), excess)))
 
-    def _require_orientation(self, rows: Any, y: np.ndarray, own: np.ndarray) -> None:
-        """ValueError where the map with its axes exchanged or flipped, in any of 47 ways, agrees better with the images."""
+    def _require_placed(self, rows: Any) -> None:
+        """ValueError where the map, placed or scaled in one of many other ways, agrees better with the images."""
+        y = self.noisy(rows)
+        own = _correlation(self._seen(self.volume, rows), y)
+        others = {how: _correlation(self._seen(other, rows), y) for how, other in self._alternatives()}
+        how = max(others, key=lambda how: others[how].mean())
+        better = _standard_errors(others[how] - own)
+        if better > ENOUGH:
+            raise ValueError(
+                f"{self.stack.path}: expected the map of these poses, got one that agrees better with the images, by "
+                f"{better:.1f} standard errors, {how}; give the map of this refinement, in its frame"
+            )
+
+    def _alternatives(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The map with its axes exchanged and flipped, moved by a voxel or two, and of other voxel sizes."""
         for axes, flipped in product(permutations(range(3)), product((False, True), repeat=3)):
             flips = tuple(axis for axis in range(3) if flipped[axis])
-            other = np.roll(np.flip(self.volume.transpose(axes), flips), len(flips) * [1], flips)
-            if (better := _standard_errors(_correlation(self._seen(other, rows), y) - own)) > ENOUGH:
-                taken = ", ".join(("-" if flip else "") + "zyx"[axis] for axis, flip in zip(axes, flipped))
-                hand = "the other hand" if np.linalg.det(np.eye(3)[list(axes)]) * (-1) ** len(flips) < 0 else "another frame"
-                raise ValueError(
-                    f"{self.stack.path}: expected the map of these poses, got one that agrees better by {better:.1f} standard "
-                    f"errors with its axes z, y, x taken as {taken}: a map of {hand}; give the map of this refinement"
-                )
+            taken = ", ".join(("-" if flip else "") + "zyx"[axis] for axis, flip in zip(axes, flipped))
+            hand = np.linalg.det(np.eye(3)[list(axes)]) * (-1) ** len(flips)
+            turned = np.roll(np.flip(self.volume.transpose(axes), flips), len(flips) * [1], flips)
+            yield f"with its axes z, y, x taken as {taken} ({'another frame' if hand > 0 else 'the other hand'})", turned
+        for axis, step in product(range(3), (-2, -1, 1, 2)):
+            yield f"moved by {step} voxels along {'zyx'[axis]}", np.roll(self.volume, step, axis)
+        for scale in (0.94, 0.97, 1.03, 1.06):
+            scaled = imaging.resample_volume(self.volume, scale * self.pixel_size, self.n, self.pixel_size)
+            yield f"with a voxel size of {scale:g} times its own", scaled
+
+
+def choose(half_sets: np.ndarray | None, n: int, counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Draw the rows of each split at random, `{name: (count,)}`, and those that remain, `rest`.
+
+    Rows of the first split alternate between half-sets 1 and 2 where there are any: every other one, from the first or
+    the second on (`experiments.Experiment.half`), is then of one half-set alone.
+
+    Parameters
+    ----------
+    half_sets : `(n,)` of 1 and 2, as rlnRandomSubset, or None. n : rows in all. counts : of each split.
+
+    Raises
+    ------
+    ValueError : fewer rows, or fewer in a half-set, than are asked for.
+    """
+    rows = np.random.default_rng(checks.integer("seed", seed, low=0)).permutation(n)
+    if half_sets is not None:
+        place = np.full(n, 2 * n)
+        for half in (1, 2):
+            place[half_sets[rows] == half] = 2 * np.arange(np.count_nonzero(half_sets == half)) + half
+        rows = rows[np.argsort(place, kind="stable")]
+        first = next(iter(counts.values()))
+        fewest = min(np.count_nonzero(half_sets == half) for half in (1, 2))
+        if fewest < first // 2:
+            raise ValueError(f"half_sets: expected {first // 2} rows or more of each, got {fewest}; ask for fewer pairs")
+    if n < sum(counts.values()):
+        wanted = " + ".join(f"{count} ({name})" for name, count in counts.items())
+        raise ValueError(f"particles: expected {wanted} or more, got {n}; ask for fewer pairs")
+    return dict(zip((*counts, "rest"), np.split(rows, np.cumsum(list(counts.values())))))
 
 
 def _standard_errors(values: np.ndarray) -> float:
     return values.mean() / max(values.std(ddof=1) / len(values) ** 0.5, 1e-9)
 
 
+def _centred(images: np.ndarray) -> np.ndarray:
+    return images - images.mean(axis=(1, 2), keepdims=True)
+
+
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson's coefficient of each two images, `(m,)`."""
-    x, y = (a - a.mean(axis=(1, 2), keepdims=True) for a in (x, y))
+    x, y = _centred(x), _centred(y)
     return (x * y).sum(axis=(1, 2)) / np.sqrt((x**2).sum(axis=(1, 2)) * (y**2).sum(axis=(1, 2)))
 
 

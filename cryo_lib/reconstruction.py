@@ -32,7 +32,7 @@ from cryo_lib.particles import Poses
 TOLERANCE = 1e-3  # relative error of the non-uniform FFTs, well below that of the conjugate gradients
 POINTS = 8_000_000  # Fourier samples a thread holds at a time: more share the FFTs of a batch, fewer save memory
 GOLD_STANDARD = 0.143  # FSC threshold for half-maps; Rosenthal & Henderson 2003
-THRESHOLDS = {  # of the curves of `compare`; against a map without noise 0.5 is what 0.143 is between half-maps
+THRESHOLDS = {  # of the curves of `compare`; 0.5 against a map without noise is what 0.143 is between half-maps
     "halves": GOLD_STANDARD, "halves_masked": GOLD_STANDARD, "halves_corrected": GOLD_STANDARD,
     "truth": 0.5, "truth_masked": 0.5,
 }  # fmt: skip

@@ -39,7 +39,7 @@ import starfile
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.mrc import BATCH
-from cryo_lib.particles import CTF_DEFAULTS, DEFOCUS, ParticleStack, write
+from cryo_lib.particles import CTF_DEFAULTS, DEFOCUS, MICROSCOPE, ParticleStack, write
 
 PARTICLES = "particles.star"  # what `prepare` writes, in the project folder
 COMMON = ("--zero_mask", "--flatten_solvent", "--dont_check_norm", "--dont_combine_weights_via_disc")
@@ -167,7 +167,10 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float, *, c
     table = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": stack.table["rlnOpticsGroup"]})
     if ctf:
         table = table.join(stack.ctf[[*DEFOCUS, *CTF_DEFAULTS]])
-    _write_star(out, stack.optics, table)
+    optics = stack.optics
+    if ctf and (missing := [label for label in MICROSCOPE if label not in optics]):
+        optics = optics.join(stack.ctf[missing].groupby(stack.table["rlnOpticsGroup"]).first(), on="rlnOpticsGroup")
+    _write_star(out, optics, table)
     log.write_text(f"{command}\nbackground sd {sd}\n{_DONE}\n")
     return out
 

@@ -112,7 +112,7 @@ def make(
     """Make `out`/particles.star and its stack, and `out`/map.mrc, the volume that was projected.
 
     Each particle is the projection of the ribosome at a random pose, off the middle by a few A, times its CTF, plus noise
-    (see `noise`) of one strength for all, normalised as RELION's extraction does.
+    (see `noise`) of one strength for all, background normalised to mean 0 and sd 1; gradients are left in.
 
     Parameters
     ----------

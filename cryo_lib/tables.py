@@ -128,7 +128,7 @@ def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
     """
     known = LABELS | {"clean": "Clean images", "noisy": "Noisy images"}
     words = [name.split("/") for name in table.index]
-    described = pd.DataFrame({"Images": [known[(word[1:2] or word)[0]] for word in words]})
+    described = pd.DataFrame({"Images": [known.get(part := (word[1:2] or word)[0], part) for word in words]})
     described["Networks"] = [{"halves": "two, disjoint pairs"}.get(word[0], "one") if word[1:] else "—" for word in words]
     if any(word[2:] for word in words):
         described["Contamination of their references"] = [word[2].split("-")[2] if word[2:] else "—" for word in words]

@@ -168,8 +168,16 @@ def test_what_a_card_or_a_stack_does_not_say_is_asked_for(tmp_path):
         denoising.fit(Seen(), CARD, stack, resize="yes")
     silent = particles.ParticleStack.open(particles.write(tmp_path / "s.mrcs", stack.images, stack))
     object.__setattr__(silent, "pixel_size", None)
-    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, to compare with the network's 6.4 A, got none"):
+    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, to compare with the network's 6.4 A, got none; open with pixel_size"):
         denoising.fit(Seen(), CARD, silent)
+
+
+def test_a_pixel_size_that_differs_by_a_rounding_changes_no_pixel(tmp_path):
+    stack, model = particle_stack(tmp_path, pixel_size=6.42), Seen()
+    denoising.fit(model, CARD, stack)(stack.images[:])
+    images = stack.images[:]
+    correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, model.last)]
+    assert min(correlation) > 0.99999
 
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "particles"

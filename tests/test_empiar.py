@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import http.server
 import re
 import shutil
@@ -15,9 +16,11 @@ import mrcfile
 import numpy as np
 import pytest
 
-from cryo_lib import empiar
+from cryo_lib import empiar, notebooks
 from cryo_lib.mrc import StackFile, write_map
 from cryo_lib.particles import ParticleStack
+
+ROOT = Path(__file__).resolve().parents[1]
 
 BOX, IMAGE = 16, 4 * 16**2
 # The third name has to be quoted.
@@ -135,8 +138,8 @@ def server(source, monkeypatch):
 
 
 def leftovers(out: Path) -> list[str]:
-    """Files that are neither the star files, the map nor stacks."""
-    known = (".star", ".mrc", ".mrcs", "")
+    """Files that are neither the star files, the maps nor stacks."""
+    known = (".star", ".map", ".mrc", ".mrcs", "")
     return [path.name for path in out.rglob("*") if path.suffix not in known or path.name.startswith(".")]
 
 
@@ -226,10 +229,10 @@ def test_neighbouring_images_come_in_one_answer(server, tmp_path):
 
 def test_a_second_call_fetches_nothing_and_another_number_only_the_stacks(server, truth, tmp_path):
     server.fetch(tmp_path, 8)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrc*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrcs")}
     server.log.clear()
     require_right(server.fetch(tmp_path, 8), truth)
-    assert server.log == [] and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrc*")}
+    assert server.log == [] and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrcs")}
     require_right(server.fetch(tmp_path, 9), truth)
     assert {path for path, *_ in server.log} < {f"/P/{name}" for name in COUNTS}
 
@@ -361,9 +364,28 @@ def test_a_map_that_has_changed_is_not_gone_on_with(server, tmp_path):
     with pytest.raises(ConnectionError):
         server.fetch(tmp_path, 1)
     changed = np.random.default_rng(2).normal(size=(13, 13, 13)).astype(np.float32)
-    server.files["/m.gz"] = gzip.compress(write_map(tmp_path / "map.mrc", changed, 1.34).read_bytes())
-    (tmp_path / "map.mrc").unlink()
+    server.files["/m.gz"] = gzip.compress(write_map(tmp_path / "other.mrc", changed, 1.34).read_bytes())
     server.fetch(tmp_path, 1)
+
+
+def test_another_map_in_the_same_folder_is_replaced(server, tmp_path):
+    """That of the stand-in, after a change of the source."""
+    write_map(tmp_path / "map.mrc", np.ones((8, 8, 8)), 5.36)
+    server.fetch(tmp_path, 1)
+
+
+def test_the_pipelines_notebook_fetches_through_its_parameters(server, truth, tmp_path):
+    """Notebook 09 with `source: empiar`, from the root of a repository whose data lie elsewhere."""
+    (tmp_path / "dvc.yaml").touch()
+    options = {"source": "empiar", "n_particles": 20, "particles_url": f"{server.url}/P", "map_url": f"{server.url}/m.gz"}
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        notebooks.run(ROOT / "notebooks" / "09_fetch_particles.ipynb", tmp_path / "out.ipynb", options)
+    finally:
+        os.chdir(here)
+    folder = tmp_path / "data" / "laptop" / "particles"
+    require_right(ParticleStack.open(folder / "particles.star", project=folder), truth)
 
 
 def test_a_file_that_changes_under_way_is_refused(server, tmp_path):
@@ -509,7 +531,7 @@ def no_deflate(packed: bytes) -> bytes:
 def test_a_damaged_gzip_file_is_named_and_fetched_afresh_once_it_is_whole(server, tmp_path, spoil):
     whole = server.files["/m.gz"]
     server.files["/m.gz"] = spoil(whole)
-    require_refused(server, tmp_path, ValueError, "m.gz: expected map.mrc, got .* .expected a whole gzip file, got")
+    require_refused(server, tmp_path, ValueError, "m.gz: expected emd_2660.map, got .* .expected a whole gzip file, got")
     assert not (tmp_path / "map.mrc").exists()
     server.files["/m.gz"] = whole
     server.fetch(tmp_path, 1)
@@ -523,8 +545,8 @@ def test_a_map_that_is_no_cube_or_has_no_voxel_size_is_refused(server, tmp_path,
     mrcfile.write(path, np.random.default_rng(0).normal(size=shape).astype(np.float32), voxel_size=voxel)
     server.files["/m.gz"] = gzip.compress(path.read_bytes())
     require_refused(server, tmp_path, ValueError, f"m.gz: .*expected a cubic map with its voxel size, got .*{got}")
-    shutil.copy(path, tmp_path / "map.mrc")
-    require_refused(server, tmp_path, ValueError, f"map.mrc: expected a cubic map .*{got}.*; delete it and run again")
+    shutil.copy(path, tmp_path / empiar.PUBLISHED_MAP)
+    require_refused(server, tmp_path, ValueError, f"emd_2660.map: expected a cubic map .*{got}.*; delete it and run again")
 
 
 @pytest.mark.parametrize("free, wanted", [(100, "shiny_2sets.star"), (40 * IMAGE - 1, "stacks")])

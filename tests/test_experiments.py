@@ -167,6 +167,8 @@ def test_bad_runs_are_refused(change, error):
 def test_measured_noise_is_an_experiment_without_an_snr(name):
     experiment = Experiment.parse(name)
     assert str(experiment) == name and experiment.protocol == "measured" and experiment.snr is None
+    with pytest.raises(ValueError, match="snr: expected None, since measured images have their own noise, got 0.1"):
+        Experiment("measured", 0.1)
 
 
 @pytest.mark.parametrize("name", ["measured", "measured-0.1-none", "awgn-none", "measured-none-half3"])

@@ -601,9 +601,20 @@ def test_a_background_that_does_not_vary_is_named():
         imaging.standardise(images, 1.0, 16, 1.0)
 
 
-def test_the_power_spectrum_of_white_noise_is_flat_and_its_sum_the_variance():
+def test_the_power_spectrum_of_white_noise_is_flat_at_its_variance():
     images = 3 * np.random.default_rng(0).normal(size=(200, 32, 32))
     frequency, power = imaging.power_spectrum(images, 2.0)
     np.testing.assert_allclose(power[2:], 9, rtol=0.1)
     assert frequency[-1] == pytest.approx(0.25) and len(frequency) == 17
+    with pytest.raises(ValueError, match="images: expected square ones, got 16 x 20; crop or pad them"):
+        imaging.power_spectrum(np.ones((1, 16, 20)), 1.0)
+
+
+def test_odd_boxes_keep_their_centre():
+    """RELION centres an image of 65 px on pixel 33: a point there stays in the middle of whatever box."""
+    image = np.zeros((1, 65, 65))
+    image[0, 33, 33] = 1.0
+    for n, to in ((64, 1.0), (33, 2.0), (32, 2.0), (90, 0.7)):
+        y, x = np.unravel_index(imaging.resample(image, 1.0, n, to)[0].argmax(), (n, n))
+        assert (y, x) == ((n + 1) // 2,) * 2
 

@@ -20,7 +20,7 @@ import pytest
 import starfile
 from scipy.spatial.transform import Rotation
 
-from cryo_lib import imaging, particles
+from cryo_lib import imaging, mrc, particles
 from cryo_lib.particles import ParticleStack
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "particles"
@@ -927,3 +927,25 @@ def test_relion_reconstructs_from_a_written_star_as_from_the_original(tmp_path):
         maps.append(mrcfile.read(tmp_path / f"{name}.mrc"))
     assert maps[0].std() > 0
     np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=1e-4 * maps[0].std())
+
+
+def test_a_map_is_read_with_its_voxel_size_or_the_one_that_is_given(tmp_path):
+    volume = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
+    path = mrc.write_map(tmp_path / "map.mrc", volume, 1.34)
+    for given, expected in ((None, 1.34), (2.0, 2.0)):
+        read, voxel_size = mrc.read_map(path, given)
+        np.testing.assert_array_equal(read, volume)
+        assert voxel_size == pytest.approx(expected)
+
+
+def test_what_is_no_map_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.mrc: expected an .mrc map, got no file; check the path"):
+        mrc.read_map(tmp_path / "gone.mrc")
+    path = tmp_path / "stack.mrcs"
+    mrc.write_stack(path, np.random.default_rng(0).normal(size=(3, 8, 8)), (3, 8, 8), 1.0)
+    with pytest.raises(ValueError, match=r"stack.mrcs: expected a cubic map, got \(3, 8, 8\); is it a stack of images"):
+        mrc.read_map(path)
+    silent = mrc.write_map(tmp_path / "silent.mrc", np.ones((8, 8, 8)), 0.0)
+    with pytest.raises(ValueError, match="silent.mrc: expected a voxel size, got none in the header; give it as voxel_size"):
+        mrc.read_map(silent)
+

@@ -264,7 +264,7 @@ def test_the_reference_map_comes_back_from_its_own_projections(ci_run):
     table = pd.read_csv(ci_run / "results/ci/particles/resolution.csv").set_index("stack")
     assert set(table.index) == {"clean", "noisy", "figure4/beta_05_05_l1", "halves/beta_05_05_l1"}
     assert table.loc["clean", "truth_masked 0.5"] < 20
-    assert table.loc["noisy", "truth_masked 0.5"] < 60
+    assert table.loc["noisy", "truth_masked 0.5"] < 40
 
 
 def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands(ci_run, tmp_path):
@@ -273,7 +273,7 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "data", "runs", "denoised*", "executed"))
     source = ci_run / "data/ci/particles"
     for name in ("particles.star", "particles.mrcs", "map.mrc"):
-        shutil.copy(source / name, folder / name.replace("particles", "my"))
+        shutil.copy(source / name, folder / f"my{Path(name).suffix}")
     star = folder / "my.star"
     star.write_text(star.read_text().replace("particles.mrcs", "my.mrcs"))
     numbers = [("image_size", 32), ("pixel_size", 12.8), ("n_train", 60), ("n_val", 4), ("n_test", 4)]
