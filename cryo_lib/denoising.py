@@ -103,7 +103,8 @@ def fit(
         raise ValueError(f"card: expected image_size, pixel_size and background, got no {', '.join(missing)}; train it again")
     size, scale, background = card["image_size"], card["pixel_size"], card["background"]
     if stack.pixel_size is None:
-        raise ValueError(f"{stack.path}: expected a pixel size, to compare with the network's {scale:g} A, got none; open with pixel_size=...")
+        problem = f"expected a pixel size, to compare with the network's {scale:g} A, got none"
+        raise ValueError(f"{stack.path}: {problem}; open with pixel_size=...")
     (height, box), own = stack.images.shape[1:], stack.pixel_size
     same_scale = abs(own / scale - 1) < 0.005
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
