@@ -21,6 +21,7 @@ from cryo_lib.files import atomic
 
 COLOURS = {  # Okabe-Ito and Tol, distinguishable without colour vision in print order
     "noisy": "#bbbbbb",
+    "average": "#444444",
     "gaussian": "#999999",
     "bm3d": "#777777",
     "ksvd": "#555555",

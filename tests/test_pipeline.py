@@ -289,7 +289,7 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     assert "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px of 6.4 A; allow resize rescale" in refused.stderr
     done = run_notebook(folder, "11_denoise_particles", *denoise, "-p", "resize", "rescale", scale=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    denoised = particles.ParticleStack.open(folder / "out/my.star")
+    denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
     assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
     shown = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(shown) == 4
