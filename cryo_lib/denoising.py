@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from cryo_lib import models
-from cryo_lib.particles import ParticleStack, write
+from cryo_lib import checks, imaging, models
+from cryo_lib.particles import ParticleStack, contrast_of, write
 
-
+PRINT_EVERY = 10  # seconds between lines of progress
+RESIZES = ("none", "crop", "rescale")  # what may be done to images of another size, each with what stands before it
 Denoiser = torch.nn.Module | Callable[[np.ndarray], np.ndarray]
 
 
@@ -21,6 +24,7 @@ def denoise_stack(
     out: str | Path,
     *,
     batch_size: int = 100,
+    progress: bool = False,
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
 
@@ -31,6 +35,7 @@ def denoise_stack(
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only the
         image reference changes.
+    progress : print a line every 10 s or so.
 
     Returns
     -------
@@ -52,7 +57,11 @@ def denoise_stack(
         _check_size(each, stack)
 
     def denoised() -> Iterator[np.ndarray]:
+        started = printed = time.monotonic()
         for start in range(0, len(stack), batch_size):
+            if progress and time.monotonic() - printed > PRINT_EVERY:
+                printed = time.monotonic()
+                print(f"{start} of {len(stack)} images, {start / (printed - started):.0f} a second", flush=True)
             part = slice(start, start + batch_size)
             y = stack.images[part]
             x_hat = np.empty_like(y)
@@ -63,6 +72,56 @@ def denoise_stack(
             yield x_hat
 
     return write(out, denoised(), like=stack)
+
+
+def fit(
+    model: torch.nn.Module, card: Mapping[str, Any], stack: ParticleStack, *, resize: str = "none", contrast: str | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a denoiser of a stack's own images by a network that was trained on others, for `denoise_stack`.
+
+    Each image is given the background mean and sd of the images that the network was trained on (its card's). Where
+    `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond the
+    network's box it has the mean of its background.
+
+    Parameters
+    ----------
+    model, card : as `models.load` returns them.
+    stack : particles of any size; with a pixel size.
+    resize : what may be done to images of another size: "none"; "crop", the middle of a larger box of the same pixel
+        size is denoised; "rescale", images of any box and pixel size are resampled.
+    contrast : "bright" or "dark" particles, the latter inverted; None takes them for bright where they prove to be.
+
+    Returns
+    -------
+    A function of images `(n, h, w)` to images of the same shape, protein bright.
+
+    Raises
+    ------
+    ValueError : a box, a pixel size or a contrast that the network was not trained for; a card that does not say.
+    """
+    if missing := [key for key in ("image_size", "pixel_size", "background") if key not in card]:
+        raise ValueError(f"card: expected image_size, pixel_size and background, got no {', '.join(missing)}; train it again")
+    size, scale, background = card["image_size"], card["pixel_size"], card["background"]
+    if stack.pixel_size is None:
+        problem = f"expected a pixel size, to compare with the network's {scale:g} A, got none"
+        raise ValueError(f"{stack.path}: {problem}; open with pixel_size=...")
+    (height, box), own = stack.images.shape[1:], stack.pixel_size
+    same_scale = abs(own / scale - 1) < 0.005
+    needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
+    if RESIZES.index(checks.choice("resize", resize, RESIZES)) < RESIZES.index(needed):
+        raise ValueError(
+            f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got {height} x "
+            f"{box} px of {own:g} A; allow resize {needed}, or train a network for this size"
+        )
+    contrast, own = contrast_of(stack, contrast), scale if same_scale else own
+
+    def denoise(images: np.ndarray) -> np.ndarray:
+        y = imaging.standardise(images, own, size, scale, contrast)
+        x_hat = models.denoise_images(model, y * np.float32(background["sd"]) + np.float32(background["mean"]))
+        level = imaging.background(x_hat)[0][:, None, None].astype(np.float32)
+        return imaging.resample(x_hat - level, scale, box, own) + level
+
+    return denoise
 
 
 def _check_size(model: Denoiser, stack: ParticleStack) -> None:

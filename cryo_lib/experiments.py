@@ -17,9 +17,11 @@ from cryo_lib import checks, contamination, imaging
 from cryo_lib.losses import METHODS
 
 SPLITS = ("train", "val", "test")
+MEASURED = "measured"  # the protocol of images that are noisy as they were taken
 KEYS = {
     "scale", "structure", "data", "baselines", "studies", "study", "train",
     "export", "reconstruct", "relion", "assign",
+    "particles", "pairs", "particle_studies", "particle_train", "denoise",
 }  # fmt: skip
 
 
@@ -27,25 +29,30 @@ KEYS = {
 class Experiment:
     """A noise protocol, an SNR and a contamination, written `protocol-snr-contamination` such as `awgn-0.1-A_0.3`.
 
-    `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs.
+    `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs. Real particles have their own noise: there it
+    is `measured-contamination`, such as `measured-none`.
 
     Attributes
     ----------
-    protocol : "awgn" (Eq. 1 as printed) or "clipped" (the noisy image clipped to [0, 1], as the authors' scripts).
-    snr : Var(signal) / Var(noise) of each image, > 0.
+    protocol : "awgn" (Eq. 1 as printed), "clipped" (the noisy image clipped to [0, 1], as the authors' scripts), or
+        "measured" (the noisy images of the data set itself).
+    snr : Var(signal) / Var(noise) of each image, > 0; None for measured images.
     kind, eps : contamination "A", "B" or "C" of the fraction `eps` of the training pairs, Eq. (2); "none" and 0 without.
     half : 1 or 2, every other training pair from the first or the second on; 0, all of them.
     """
 
     protocol: str
-    snr: float
+    snr: float | None
     kind: str = "none"
     eps: float = 0.0
     half: int = 0
 
     def __post_init__(self) -> None:
-        checks.choice("protocol", self.protocol, imaging.PROTOCOLS)
-        checks.number("snr", self.snr, above=0)
+        checks.choice("protocol", self.protocol, (*imaging.PROTOCOLS, MEASURED))
+        if self.protocol != MEASURED:
+            checks.number("snr", self.snr, above=0)
+        elif self.snr is not None:
+            raise ValueError(f"snr: expected None, since {MEASURED} images have their own noise, got {self.snr}")
         checks.choice("contamination", self.kind, ("none", *contamination.KINDS))
         checks.number("eps", self.eps, low=0, high=1)
         checks.choice("half", self.half, (0, 1, 2))
@@ -53,15 +60,15 @@ class Experiment:
     @classmethod
     def parse(cls, text: str) -> Experiment:
         """Read `protocol-snr-contamination`, `-half1` or `-half2` after it; ValueError names what is wrong."""
-        match = re.fullmatch(r"([a-z]+)-([0-9.]+)-(?:none|([A-Z])_([0-9.]+))(?:-half([12]))?", str(text))
-        if not match:
+        match = re.fullmatch(r"([a-z]+)(?:-([0-9.]+))?-(?:none|([A-Z])_([0-9.]+))(?:-half([12]))?", str(text))
+        if not match or (match[2] is None) != (match[1] == MEASURED):
             raise ValueError(
-                "experiment: expected protocol-snr-contamination such as awgn-0.1-none or awgn-0.05-A_0.3 "
-                f"(-half1 or -half2 after it), got {text!r}"
+                "experiment: expected protocol-snr-contamination such as awgn-0.1-none, awgn-0.05-A_0.3 or, of particles, "
+                f"{MEASURED}-none (-half1 or -half2 after it), got {text!r}"
             )
         protocol, snr, kind, eps, half = match.groups()
         try:
-            experiment = cls(protocol, float(snr), kind or "none", float(eps or 0), int(half or 0))
+            experiment = cls(protocol, float(snr) if snr else None, kind or "none", float(eps or 0), int(half or 0))
         except ValueError as error:
             raise ValueError(f"experiment {text!r}: {error}") from error
         if str(experiment) != text:
@@ -70,7 +77,8 @@ class Experiment:
 
     def __str__(self) -> str:
         kind = "none" if self.kind == "none" else f"{self.kind}_{self.eps:g}"
-        return f"{self.protocol}-{self.snr:g}-{kind}" + (f"-half{self.half}" if self.half else "")
+        noise = self.protocol if self.snr is None else f"{self.protocol}-{self.snr:g}"
+        return f"{noise}-{kind}" + (f"-half{self.half}" if self.half else "")
 
     def contaminated(self, x: Any, y: Any, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """The training pairs after contamination, Eq. (2); `options` are those of `contamination.contaminate`."""
@@ -81,8 +89,9 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The simulated images of a scale, as notebook 01 writes them: `volumes.npy`, `x_{train,val,test}.npy`, `poses.npz`,
-    `card.json`.
+    """The images of a scale, as notebook 01 (simulated) or 10 (particles) writes them.
+
+    `volumes.npy`, `x_{train,val,test}.npy`, `poses.npz`, `card.json`; of particles also `y_{train,val,test}.npy`.
 
     Attributes
     ----------
@@ -98,7 +107,7 @@ class Dataset:
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
-        """`<split>_rotations` `(n, 3, 3)` and `<split>_conformations` `(n,)`."""
+        """`<split>_rotations` `(n, 3, 3)`; simulated: `<split>_conformations` `(n,)`; particles: `<split>_rows` `(n,)`."""
         return dict(np.load(self._file("poses.npz")))
 
     @property
@@ -116,15 +125,21 @@ class Dataset:
         Of the training split, the half that the experiment asks for.
         """
         x = self.clean(split)
-        seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
-        y = imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
+        if experiment.protocol == MEASURED:
+            y = np.load(self._file(f"y_{split}.npy"))
+        else:
+            seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
+            y = imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
         kept = slice(experiment.half - 1, None, 2) if experiment.half and split == "train" else slice(None)
         return x[kept], y[kept]
 
     def _file(self, name: str) -> Path:
         path = Path(self.folder, name)
         if not path.is_file():
-            raise FileNotFoundError(f"data: expected {path}, found nothing; make it with `dvc repro projections` (notebooks 00 and 01)")
+            raise FileNotFoundError(
+                f"data: expected {path}, found nothing; make it with `dvc repro projections` (notebooks 00 and 01), or, for "
+                "particles and their measured noise, with notebook 10"
+            )
         return path
 
 
@@ -145,6 +160,15 @@ class Run:
     def folder(self) -> Path:
         """Where the run's outputs lie below its study's folder."""
         return Path(self.method, self.experiment, f"seed{self.seed}")
+
+
+def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dict[Path, Run]:
+    """The folder of every run of the studies `names` below `folder`, and the run; FileNotFoundError where one was not trained."""
+    expected = {folder / name / run.folder: run for name in names for run in expand(params["study"][name])}
+    gaps = [str(path) for path in expected if not (path / "generator.safetensors").is_file()]
+    if gaps:
+        raise FileNotFoundError(f"{len(gaps)} of {len(expected)} runs are missing, the first {gaps[0]}: run `dvc repro` for them")
+    return expected
 
 
 def expand(study: dict[str, Any]) -> list[Run]:
@@ -179,23 +203,28 @@ def read_scale(path: str | Path) -> dict[str, Any]:
     try:
         if wrong := sorted(KEYS ^ set(params)):
             raise ValueError(f"expected the sections {', '.join(sorted(KEYS))}; missing or unknown: {', '.join(wrong)}")
-        if params["studies"] != list(params["study"]):
-            raise ValueError(f"studies lists {params['studies']}, expected the entries of study: {list(params['study'])}")
-        for study in params["study"].values():
-            expand(study)
+        listed = params["studies"] + params["particle_studies"]
+        if listed != list(params["study"]):
+            raise ValueError(f"studies and particle_studies list {listed}, expected the entries of study: {list(params['study'])}")
+        for name, study in params["study"].items():
+            of_particles = name in params["particle_studies"]
+            for run in expand(study):
+                if (Experiment.parse(run.experiment).protocol == MEASURED) != of_particles:
+                    wanted = f"{MEASURED}-..." if of_particles else f"one of {', '.join(imaging.PROTOCOLS)}"
+                    raise ValueError(f"study {name}: expected the noise {wanted}, got {run.experiment}")
         for name in params["baselines"]["baseline_experiments"]:
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, grid in params["study"].items() for run in expand(grid)}
         if missing := [name for name in _used(params) if name not in trained]:
             names = ", ".join(missing)
-            raise ValueError(f"export and assign use runs that no study makes: {names}; add them to a study")
+            raise ValueError(f"export, assign and denoise use runs that no study makes: {names}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params
 
 
 def _used(params: dict[str, Any]) -> Iterator[str]:
-    """The runs, `study/method/experiment/seed`, that the sections `export` and `assign` ask for."""
+    """The runs, `study/method/experiment/seed`, that the sections `export`, `assign` and `denoise` ask for."""
     export, assign = params["export"], params["assign"]
     halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
     for name in (*export["stack_runs"], *halves):
@@ -203,6 +232,9 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
     for method in assign["view_methods"]:
         for seed in assign["training_seeds"]:
             yield f"{assign['view_study']}/{method}/{assign['view_experiment']}/seed{seed}"
+    for checkpoints in params["denoise"].values():
+        for path in filter(None, checkpoints.values()):
+            yield str(Path(path).parent.relative_to(f"runs/{params['scale']}"))
 
 
 def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:

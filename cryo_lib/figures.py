@@ -21,6 +21,7 @@ from cryo_lib.files import atomic
 
 COLOURS = {  # Okabe-Ito and Tol, distinguishable without colour vision in print order
     "noisy": "#bbbbbb",
+    "average": "#444444",
     "gaussian": "#999999",
     "bm3d": "#777777",
     "ksvd": "#555555",
@@ -82,6 +83,12 @@ def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colou
     pixels, margin = length / pixel_size, 0.06 * image_size
     ax.add_patch(Rectangle((margin, image_size - margin), pixels, 0.02 * image_size, color=colour, lw=0))
     ax.text(margin + pixels / 2, image_size - 1.4 * margin, f"{length:g} Å", color=colour, ha="center", va="bottom", fontsize=6)
+
+
+def bar_length(side: float) -> float:
+    """The longest of 1, 2, 5, 10, ... A that is at most a third of `side`."""
+    power = 10 ** np.floor(np.log10(side / 3))
+    return float(power * max(step for step in (1, 2, 5) if step * power <= side / 3))
 
 
 def show_image(ax: Axes, image: np.ndarray, title: str = "", limits: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -265,8 +272,9 @@ def reconstructions(
     letters: Sequence[str],
     labels: Mapping[str, str],
     curves: pd.DataFrame,
-    relion: Mapping[str, Any],
+    relion: Mapping[str, Any] | None,
     stored: Mapping[str, Any],
+    reference: str = "the true volume",
 ) -> Figure:
     """Maps as surfaces over their central slices, and below them their FSC between half-maps and against the truth.
 
@@ -275,8 +283,10 @@ def reconstructions(
     maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
     labels : stack -> what the legend calls it; those below `halves/`, of two networks, are drawn dashed.
     curves : the rows of `results/<scale>/fsc.csv`.
-    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so.
+    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so. None
+        where it has no part.
     stored : `results/<scale>/maps.npz`: `view`, `enclosed` and `pixel_size` are used.
+    reference : what the maps are compared with.
     """
     pixel_size = float(stored["pixel_size"])
     figure = plt.figure(figsize=(WIDTH, 6.2))
@@ -298,14 +308,14 @@ def reconstructions(
         style = {"color": stack_colour(stack), "ls": "--" if stack.startswith("halves/") else "-", "label": label}
         halves.plot(rows["frequency"], rows["halves_corrected"], **style)
         truth.plot(rows["frequency"], rows["truth_masked"], **style)
-        if refined := relion["stacks"].get(stack):
+        if refined := relion and relion["stacks"].get(stack):
             style |= {"ls": ":", "label": f"{label}, poses by RELION"}
             halves.plot(refined["frequency"], refined["corrected"], **style)
             truth.plot(refined["frequency"], refined["truth"], **style)
-    if not relion["ran"]:
+    if relion and not relion["ran"]:
         halves.plot([], [], " ", label=relion["reason"])
     _fsc_axes(halves, 0.143, "Between half-maps", pixel_size)
-    _fsc_axes(truth, 0.5, "Against the true volume", pixel_size)
+    _fsc_axes(truth, 0.5, f"Against {reference}", pixel_size)
     halves.set_ylabel("Fourier shell correlation")
     letter(halves, letters[-1])
     below.legend(*halves.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -323,4 +333,5 @@ def _fsc_axes(ax: Axes, threshold: float, title: str, pixel_size: float) -> None
     ax.axhline(threshold, color="#444444", lw=0.8, ls=(0, (4, 2)))
     ax.text(0.995 * nyquist, threshold + 0.015, f"{threshold:g}", ha="right", fontsize=6.5, color="#444444")
     ax.set_xticks([1 / resolution for resolution in ticks], [f"{resolution:g}" for resolution in ticks])
-    ax.set(xlim=(0, nyquist), ylim=(-0.1, 1.04), xlabel="resolution (Å)", title=title)
+    lowest = min(np.min(line.get_ydata(), initial=0.0) for line in ax.lines)
+    ax.set(xlim=(0, nyquist), ylim=(min(-0.1, lowest - 0.04, ax.get_ylim()[0]), 1.04), xlabel="resolution (Å)", title=title)

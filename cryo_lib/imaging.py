@@ -316,6 +316,117 @@ def apply_ctf(images: Any, parameters: Mapping[str, Any], pixel_size: float) -> 
     return scipy.fft.irfft2(scipy.fft.rfft2(images) * transfer, s=images.shape[1:])
 
 
+def resample(images: Any, pixel_size: float, n: int, to: float) -> np.ndarray:
+    """Return square images on another grid: `n` pixels of `to` A along each side, the centre kept.
+
+    Band-limited interpolation along each axis, cut at the Nyquist frequency of the coarser grid: crops, pads with zeros
+    and scales by any ratio in one step. On their own grid images come back as they are.
+
+    Parameters
+    ----------
+    images : `(m, h, h)`.
+    pixel_size, to : A, before and after.
+
+    Returns
+    -------
+    `(m, n, n)` float32.
+
+    Raises
+    ------
+    TypeError, ValueError : images not finite or not square, bad numbers.
+    """
+    images = _square(images)
+    h = images.shape[1]
+    matrix = _interpolation(h, (h + 1) // 2, pixel_size, n, (n + 1) // 2, to)
+    return images if matrix is None else matrix @ images @ matrix.T
+
+
+def _square(images: Any) -> np.ndarray:
+    images = checks.as_images("images", images)
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(f"images: expected square ones, got {images.shape[1]} x {images.shape[2]}; crop or pad them")
+    return images
+
+
+def resample_volume(volume: Any, pixel_size: float, n: int, to: float) -> np.ndarray:
+    """Return a volume `(h, h, h)` on a grid of `n` voxels of `to` A a side, `(n, n, n)` float32; see `resample`."""
+    volume = as_volume(volume)
+    matrix = _interpolation(len(volume), len(volume) // 2, pixel_size, n, n // 2, to)
+    return volume if matrix is None else np.tensordot(matrix, matrix @ volume @ matrix.T, axes=1)
+
+
+def _interpolation(h: int, centre: int, pixel_size: float, n: int, new_centre: int, to: float) -> np.ndarray | None:
+    """The `(n, h)` float32 matrix from samples to interpolated ones (Dirichlet's kernel); None where they are the same."""
+    n = checks.integer("n", n, low=2)
+    ratio = checks.number("to", to, above=0) / checks.number("pixel_size", pixel_size, above=0)
+    if n == h and abs(ratio - 1) * h < 0.01:
+        return None
+    at = (np.arange(n) - new_centre) * ratio + centre
+    coarse = max(ratio, 1.0)
+    waves = np.arange(int(h / 2 / coarse + 1e-6) + 1)
+    weights = np.where((waves == 0) | np.isclose(2 * coarse * waves, h), 1.0, 2.0) / h
+    matrix = np.cos(2 * np.pi / h * (at[:, None] - np.arange(h))[..., None] * waves) @ weights
+    matrix[(at < -0.5) | (at > h - 0.5)] = 0.0
+    return matrix.astype(np.float32)
+
+
+def background(images: Any, reach: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and sd, `(m,)` float64 each, of every image's background.
+
+    It lies outside the circle inscribed in the middle `reach` of the box (1: the whole), and inside that square; RELION's
+    extraction, which has the same purpose, takes a circle of 75 % of the box.
+    """
+    images = checks.as_images("images", images)
+    y, x = np.ogrid[tuple(slice(-1, 1, side * 1j) for side in images.shape[1:])]
+    chosen = images[:, (np.hypot(y, x) > reach) & (np.maximum(abs(y), abs(x)) <= reach)]
+    return chosen.mean(axis=1, dtype=float), chosen.std(axis=1, dtype=float)
+
+
+def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str = "bright") -> np.ndarray:
+    """Return particles on another grid, protein bright, the background of each of mean 0 and sd 1 (see `background`).
+
+    Parameters
+    ----------
+    images, pixel_size, n, to : see `resample`; where the new box is larger than the image, 0 surrounds it.
+    contrast : "bright", or "dark" for particles darker than their background: they are inverted.
+
+    Returns
+    -------
+    `(m, n, n)` float32.
+
+    Raises
+    ------
+    TypeError, ValueError : see `resample`; another contrast; a background that does not vary (the image is named).
+    """
+    sign = {"bright": 1, "dark": -1}[checks.choice("contrast", contrast, ("bright", "dark"))]
+    images = _square(images)
+    reach = min(1.0, images.shape[1] * pixel_size / (n * to))
+    level, _ = background(images)
+    images = resample(images - level[:, None, None].astype(np.float32), pixel_size, n, to)
+    mean, sd = background(images, reach)
+    if not sd.all():
+        raise ValueError(
+            f"images: expected backgrounds that vary, got {int((sd == 0).sum())} constant of {len(images)}, the first "
+            f"of image {int(np.argmin(sd))}; remove these images, or give stacks that were not masked"
+        )
+    images -= mean[:, None, None].astype(np.float32)
+    images *= (sign / sd)[:, None, None].astype(np.float32)
+    return images
+
+
+def power_spectrum(images: Any, pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return frequencies in 1/A and the mean power of images `(m, n, n)` at them, rotationally averaged, `(n // 2 + 1,)` each.
+
+    ValueError for images that are not square.
+    """
+    images = _square(images)
+    n = images.shape[1]
+    ring = np.rint(np.hypot(scipy.fft.fftfreq(n, 1 / n)[:, None], scipy.fft.rfftfreq(n, 1 / n))).astype(int)
+    power = (np.abs(scipy.fft.rfft2(images)) ** 2).mean(axis=0) / n**2
+    rings = np.bincount(ring.ravel(), power.ravel())[: n // 2 + 1] / np.bincount(ring.ravel())[: n // 2 + 1]
+    return np.arange(n // 2 + 1) / (n * pixel_size), rings
+
+
 def rescale(images: Any) -> np.ndarray:
     """Return `(n, h, w)` float32 images, each mapped linearly to [0, 1]; ValueError names a constant image."""
     images = checks.as_images("images", images)

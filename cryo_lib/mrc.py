@@ -130,6 +130,24 @@ def write_stack(path: Path, images: Any, shape: tuple, pixel_size: float | None)
     return n, h, w
 
 
+def read_map(path: str | Path, voxel_size: float | None = None) -> tuple[np.ndarray, float]:
+    """Read a map, `(n, n, n)` float32, [z, y, x], and its voxel size in A: that given, or else the header's.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError : no such file, a damaged one, not a cube, NaN, no voxel size.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected an .mrc map, got no file; check the path")
+    file = StackFile.read_header(str(path))
+    if len(set(file.shape)) > 1:
+        raise ValueError(f"{path}: expected a cubic map, got {file.shape}; is it a stack of images? pad or crop it")
+    voxel_size = file.pixel_size if voxel_size is None else voxel_size
+    if voxel_size <= 0:
+        raise ValueError(f"{path}: expected a voxel size, got none in the header; give it as voxel_size")
+    return checks.as_images(str(path), file.map()), checks.number("voxel_size", voxel_size, above=0)
+
+
 def write_map(path: str | Path, volume: np.ndarray, pixel_size: float) -> Path:
     """Write a volume `(n, n, n)`, [z, y, x], as an MRC map with its voxel size in A, atomically; return the path."""
     with atomic(path) as temporary:

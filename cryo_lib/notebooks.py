@@ -148,7 +148,8 @@ def report(scale: str) -> str:
         lines.append(f"  {path.stem:42s} {seconds:7.1f} s")
     lines.append(f"  {'together':42s} {total / 60:7.1f} min")
     places = {"tables": f"results/{scale}", "figures": f"figures/{scale}"}
-    places |= {"RELION's stacks": f"denoised/{scale}", "maps": f"maps/{scale}"}
+    places |= {"RELION's stacks": f"denoised/{scale}", "denoised particles": f"denoised_particles/{scale}"}
+    places |= {"maps": f"maps/{scale}"}
     lines += [f"{name:18s} {folder}/" for name, folder in (places | {"executed notebooks": f"executed/{scale}"}).items()]
     return "\n".join(lines)
 

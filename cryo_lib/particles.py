@@ -37,9 +37,10 @@ MICROSCOPE = ["rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"]
 CTF_DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.0}
 
 _PIXEL_TOLERANCE = 0.005  # relative; sources of the pixel size that differ by more disagree
-_BLOCK = re.compile(rb"^data_(\S*).*$", re.MULTILINE)
+_BLOCK = re.compile(rb"^data_(\S*)[^\S\n]*(?:#.*)?$", re.MULTILINE)  # a row may begin with data_..., too
 _LOOP = re.compile(rb"\s*(?:#.*\n\s*)*loop_[^\n]*\n\s*((?:_[^\n]*\n\s*)+)")
 _FIELD = re.compile(rb'"[^"]*"|\S+')
+_NO_ROW = re.compile(rb"^[^\S\n]*(?:#.*)?(?:\n|\Z)", re.MULTILINE)  # blank lines and comments
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,16 @@ class ParticleStack:
         """The poses, or None where the table lacks any of the three angles; origins left out are zero, as in RELION."""
         if not set(ANGLES) <= set(self.table):
             return None
-        rotations = rotation_from_euler(*self.table[ANGLES].to_numpy(float).T)
-        if set(ORIGINS) <= set(self.table):
-            return Poses(rotations, 0.0 - self.table[ORIGINS].to_numpy(float))
-        pixels = self.table.reindex(columns=["rlnOriginX", "rlnOriginY"], fill_value=0.0).to_numpy(float)
-        if pixels.any() and self.pixel_size is None:
+        rotations = rotation_from_euler(*_numbers(self.path, self.table[ANGLES]).to_numpy().T)
+        labels = ORIGINS if set(ORIGINS) & set(self.table) else ["rlnOriginX", "rlnOriginY"]
+        origins = _numbers(self.path, self.table.reindex(columns=labels, fill_value=0.0)).to_numpy()
+        if labels == ORIGINS:
+            return Poses(rotations, 0.0 - origins)
+        if origins.any() and self.pixel_size is None:
             raise ValueError(
                 f"{self.path}: expected a pixel size, for rlnOriginX and rlnOriginY, got none; open with pixel_size=..."
             )
-        return Poses(rotations, 0.0 - pixels * (self.pixel_size or 0.0))
+        return Poses(rotations, 0.0 - origins * (self.pixel_size or 0.0))
 
     @property
     def half_sets(self) -> np.ndarray | None:
@@ -146,7 +148,7 @@ class ParticleStack:
             optics = self.optics.iloc[rows].set_axis(table.index)
             table = pd.concat([optics, table[table.columns.difference(optics.columns)]], axis=1)
         _require(self.path, table, MICROSCOPE)
-        return table.reindex(columns=DEFOCUS + MICROSCOPE + list(CTF_DEFAULTS)).astype(float).fillna(CTF_DEFAULTS)
+        return _numbers(self.path, table.reindex(columns=DEFOCUS + MICROSCOPE + list(CTF_DEFAULTS)).fillna(CTF_DEFAULTS))
 
     @cached_property
     def normalisation(self) -> Normalisation:
@@ -161,12 +163,29 @@ class ParticleStack:
         return Normalisation(float(background.mean(dtype=float)), float(background.std(dtype=float)), contrast)
 
 
+def contrast_of(stack: ParticleStack, given: str | None = None) -> str:
+    """Return "bright" or "dark", the particles' contrast: as `given`, or as measured where that is bright.
+
+    Raises
+    ------
+    ValueError : not given, and dark (to invert images is the caller's decision) or not to be told.
+    """
+    if given is not None:
+        return checks.choice("contrast", given, ("bright", "dark"))
+    measured = stack.normalisation.contrast
+    if measured != "bright":
+        unclear = "images that do not tell; pass contrast bright or dark"
+        found = "dark ones; to invert them, pass contrast dark" if measured else unclear
+        raise ValueError(f"{stack.path}: expected particles brighter than their background, got {found}")
+    return measured
+
+
 @dataclass(frozen=True)
 class _StarText:
     """A star file as it stands, cut around the rows of its particle table, so that writing changes nothing else."""
 
     head: bytes
-    rows: list[bytes]
+    rows: bytes
     tail: bytes
     image_column: int
 
@@ -174,9 +193,9 @@ class _StarText:
         """Give the file's text, piece by piece, with the image references replaced."""
         before = re.compile(rb"\s*(?:(?:%b)\s+){%d}" % (_FIELD.pattern, self.image_column))
         yield self.head
-        for row, reference in zip(self.rows, references, strict=True):
+        for row, reference in zip(io.BytesIO(self.rows), references, strict=True):
             start = before.match(row).end()
-            yield row[:start] + reference.encode() + row[_FIELD.match(row, start).end() :] + b"\n"
+            yield row[:start] + reference.encode() + row[_FIELD.match(row, start).end() :].rstrip(b"\n") + b"\n"
         yield b"\n" + self.tail
 
 
@@ -198,23 +217,26 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, _StarText
         if block in (name, "optics")
     }
     (columns, start, end), (table, rows) = blocks[name], tables[name]
+    if "optics" not in tables and any(mark[1] == b"optics" for mark in marks):
+        raise ValueError(f"{path}: expected data_optics as a table, got no loop_ in it; write it as RELION does")
     star = _StarText(text[:start], rows, text[end:], columns.index("rlnImageName"))
     return table, tables["optics"][0] if "optics" in tables else None, star
 
 
-def _table(path: Path, name: str, columns: list[str], text: bytes) -> tuple[pd.DataFrame, list[bytes]]:
+def _table(path: Path, name: str, columns: list[str], text: bytes) -> tuple[pd.DataFrame, bytes]:
     """Parse the rows of a table; return it and their text, without blank lines and comments."""
-    rows = [line for line in text.split(b"\n") if (field := line.lstrip()) and not field.startswith(b"#")]
-    if not rows or len(set(columns)) < len(columns):
-        raise ValueError(f"{path}: data_{name}: expected distinct columns and rows, got {columns}, {len(rows)} rows")
-    for number, row in enumerate(rows, 1):
+    text = _NO_ROW.sub(b"", text)
+    if not text or len(set(columns)) < len(columns):
+        found = f"{columns}, {'rows' if text else 'no rows'}"
+        raise ValueError(f"{path}: data_{name}: expected distinct columns and rows, got {found}; correct the file")
+    for number, row in enumerate(io.BytesIO(text), 1):
         found = len(row.split() if b'"' not in row else _FIELD.findall(row))
         if found != len(columns):
             problem = f"expected {len(columns)} fields, got {found}; the file is damaged or cut short"
             raise ValueError(f"{path}: data_{name}, row {number}: {problem}")
     texts = [column for column in columns if column.endswith("Name")]
     table = pd.read_csv(
-        io.BytesIO(b"\n".join(rows)),
+        io.BytesIO(text),
         sep=r"\s+",
         names=columns,
         dtype=dict.fromkeys(texts, str),
@@ -222,7 +244,7 @@ def _table(path: Path, name: str, columns: list[str], text: bytes) -> tuple[pd.D
         na_values={column: ["nan", "-nan", "NaN"] for column in columns if column not in texts},
         encoding_errors="replace",
     )
-    return table, rows
+    return table, text
 
 
 def _read_cs(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -318,6 +340,17 @@ def _find_files(path: Path, names: Iterable[str], project: str | Path | None) ->
 def _require(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(missing)}; add them")
+
+
+def _numbers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The table in float64; ValueError names the first field that is no finite number."""
+    numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
+    bad = np.argwhere(~np.isfinite(numbers.to_numpy()))
+    if len(bad):
+        row, column = bad[0]
+        got = f"got {table.iloc[row, column]} ({len(bad)} such fields); correct or remove these rows"
+        raise ValueError(f"{path}, particle row {row + 1}: expected a finite {table.columns[column]}, {got}")
+    return numbers
 
 
 def _optics_rows(path: Path, table: pd.DataFrame, optics: pd.DataFrame, box: int) -> np.ndarray:

@@ -12,7 +12,7 @@ has no wheel for this torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -21,6 +21,7 @@ from typing import Any
 
 import finufft
 import numpy as np
+import pandas as pd
 import scipy.fft
 from scipy.ndimage import distance_transform_edt
 from scipy.sparse.linalg import LinearOperator, cg
@@ -31,6 +32,10 @@ from cryo_lib.particles import Poses
 TOLERANCE = 1e-3  # relative error of the non-uniform FFTs, well below that of the conjugate gradients
 POINTS = 8_000_000  # Fourier samples a thread holds at a time: more share the FFTs of a batch, fewer save memory
 GOLD_STANDARD = 0.143  # FSC threshold for half-maps; Rosenthal & Henderson 2003
+THRESHOLDS = {  # of the curves of `compare`; 0.5 against a map without noise is what 0.143 is between half-maps
+    "halves": GOLD_STANDARD, "halves_masked": GOLD_STANDARD, "halves_corrected": GOLD_STANDARD,
+    "truth": 0.5, "truth_masked": 0.5,
+}  # fmt: skip
 
 
 @dataclass
@@ -336,3 +341,39 @@ def low_pass(volume: Any, resolution: float, pixel_size: float) -> np.ndarray:
     squared = k[:, None, None] ** 2 + k[:, None] ** 2 + k_last**2
     transfer = np.exp2(-squared * resolution**2).astype(np.float32)
     return scipy.fft.irfftn(scipy.fft.rfftn(volume) * transfer, s=volume.shape)
+
+
+def compare(
+    maps: Mapping[str, Sequence[Any]], truth: Any, mask: Any, pixel_size: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the Fourier shell correlations of several maps, between their halves and against the truth, and resolutions.
+
+    Parameters
+    ----------
+    maps : name -> two half-maps and the whole map, as `half_maps` returns them, each `(n, n, n)`.
+    truth, mask : `(n, n, n)`. pixel_size : A.
+
+    Returns
+    -------
+    curves : a row a map and shell: `stack`, `shell`, `frequency` (1/A) and the kinds of curve in `THRESHOLDS`.
+    resolutions : a row a map, a column a kind, "kind threshold": A.
+    """
+    curves, shells = [], np.arange(len(truth) // 2 + 1)
+    for name, (first, second, whole) in maps.items():
+        masked, corrected = masked_fsc(first, second, mask)
+        kinds = {"halves": fsc(first, second), "halves_masked": masked, "halves_corrected": corrected}
+        kinds |= {"truth": fsc(whole, truth), "truth_masked": fsc(whole * mask, truth * mask)}
+        frequency = shells / (len(truth) * pixel_size)
+        curves.append(pd.DataFrame({"stack": name, "shell": shells, "frequency": frequency} | kinds))
+    options = {"pixel_size": pixel_size, "box": len(truth)}
+    resolutions = {
+        f"{kind} {threshold}": [resolution(curve[kind], threshold, **options) for curve in curves]
+        for kind, threshold in THRESHOLDS.items()
+    }
+    return pd.concat(curves, ignore_index=True), pd.DataFrame(resolutions, index=pd.Index(maps, name="stack"))
+
+
+def shown(volume: Any, resolution: float, pixel_size: float) -> np.ndarray:
+    """Return a volume as one would show it, `(n, n, n)` uint8: low-passed to its resolution, at most a quarter of the box."""
+    smooth = low_pass(volume, min(resolution, len(volume) * pixel_size / 4), pixel_size)
+    return np.round(255 * np.clip(smooth / smooth.max(), 0, 1)).astype(np.uint8)

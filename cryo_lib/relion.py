@@ -7,10 +7,14 @@ its log ends well, has the same command, and is newer than the step's inputs; el
 Nothing of the truth is used: `prepare` gives RELION the images and their optics alone, without poses, half-sets or
 classes, and every step searches all orientations.
 
-Defaults are those of RELION 3.1's own window, with three exceptions, all for denoised and clean images:
-no `--ctf`, the images have none; `--dont_check_norm`, since one factor scales the whole stack (see `prepare`); no
-`--norm` and `--scale`, whose factors come from each image's residuals, almost nothing here (300 clean images of 32 px:
-they ran from 48 to 1271; the map after 7 iterations was as good with as without: 0.98 correlation with the truth).
+Whether RELION corrects the CTF is the caller's choice, made in `prepare` for all steps (in `reconstruct` for itself):
+`ctf=True` for images that still have it, which are run with `--ctf`; `ctf=False` for images that have none though their
+star has its columns, as denoised ones, which are run without it.
+
+Defaults are those of RELION 3.1's own window, with two exceptions, for denoised and clean images: `--dont_check_norm`,
+since one factor scales the whole stack (see `prepare`); no `--norm` and `--scale`, whose factors come from each image's
+residuals, almost nothing here (300 clean images of 32 px: they ran from 48 to 1271; the map after 7 iterations was as
+good with as without: 0.98 correlation with the truth).
 
 Source: Scheres (2012), J. Struct. Biol. 180, 519; Zivanov et al. (2018), eLife 7, e42166.
 """
@@ -35,7 +39,7 @@ import starfile
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.mrc import BATCH
-from cryo_lib.particles import ParticleStack, write
+from cryo_lib.particles import CTF_DEFAULTS, DEFOCUS, MICROSCOPE, ParticleStack, write
 
 PARTICLES = "particles.star"  # what `prepare` writes, in the project folder
 COMMON = ("--zero_mask", "--flatten_solvent", "--dont_check_norm", "--dont_combine_weights_via_disc")
@@ -116,36 +120,38 @@ def version() -> str:
     return found[1]
 
 
-def prepare(star: str | Path, folder: str | Path, particle_diameter: float) -> Path:
+def prepare(star: str | Path, folder: str | Path, particle_diameter: float, *, ctf: bool | None = None) -> Path:
     """Write `folder/particles.star` and `.mrcs`, the particles as RELION wants them, and return the star's path.
 
     The mean of each image outside the particle's circle is subtracted, and all are divided by one number, the standard
     deviation of the stack there. RELION's own normalisation divides each image by its own: that of a denoised image is
     almost nothing and varies (clean images of 32 px: 0.0005 to 0.002 on a scale of [0, 1]), and would set its weight.
 
-    The star has rlnImageName and rlnOpticsGroup alone: no poses, half-sets or classes reach RELION. Rows keep their
-    order. The stack is streamed twice, in constant memory.
+    The star has rlnImageName, rlnOpticsGroup and, with `ctf`, the CTF: no poses, half-sets or classes reach RELION.
+    Rows keep their order. The stack is streamed twice, in constant memory.
 
     Parameters
     ----------
-    star : RELION 3.1 particles, protein bright, without CTF.
+    star : RELION 3.1 particles, protein bright.
     particle_diameter : A, at most the box.
+    ctf : whether the images have the CTF of their columns: True keeps these, and the steps are run with `--ctf`; False
+        drops them. None is for a star without such columns.
 
     Raises
     ------
-    ValueError : a box smaller than the particle, protein dark, a CTF, no optics groups or pixel size, no background.
+    ValueError : a box smaller than the particle, protein dark, a CTF and no choice, `ctf` and no CTF, no optics groups
+        or pixel size, no background.
     """
     folder, stack = _folder(folder), ParticleStack.open(star)
     radius = _diameter(stack, particle_diameter) / 2
     if stack.optics is None or stack.pixel_size is None:
         raise ValueError(f"{star}: expected RELION 3.1 particles with data_optics, got none; write it by particles.new")
-    if stack.ctf is not None:
-        raise ValueError(f"{star}: expected images without CTF, got rlnDefocusU; correct it and drop its columns")
+    ctf = _has_ctf(stack, ctf)
     if stack.normalisation.contrast == "dark":
         raise ValueError(f"{star}: expected bright protein, as RELION does, got dark; multiply the images by -1")
     out, log = folder / PARTICLES, folder / "prepare.log"
     inputs = [Path(star), *(Path(file.path) for file in stack.images.files)]
-    command = f"prepare {_inside(folder, star)} {particle_diameter:g}"
+    command = f"prepare {_inside(folder, star)} {particle_diameter:g}" + " --ctf" * ctf
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"folder: expected another folder than that of {star}, got {folder}; choose a new one")
     if _is_done(log, command, inputs, [out, out.with_suffix(".mrcs")]):
@@ -159,7 +165,12 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float) -> P
     write(out.with_suffix(".mrcs"), (_centred(images, background) / sd for images in _batches(stack)), stack)
     names = [f"{number:06d}@{out.stem}.mrcs" for number in range(1, len(stack) + 1)]
     table = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": stack.table["rlnOpticsGroup"]})
-    _write_star(out, stack.optics, table)
+    if ctf:
+        table = table.join(stack.ctf[[*DEFOCUS, *CTF_DEFAULTS]])
+    optics = stack.optics
+    if ctf and (missing := [label for label in MICROSCOPE if label not in optics]):
+        optics = optics.join(stack.ctf[missing].groupby(stack.table["rlnOpticsGroup"]).first(), on="rlnOpticsGroup")
+    _write_star(out, optics, table)
     log.write_text(f"{command}\nbackground sd {sd}\n{_DONE}\n")
     return out
 
@@ -167,7 +178,8 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float) -> P
 def select(folder: str | Path, star: str | Path, rows: Any, name: str = "selected.star") -> Path:
     """Write `folder/name` of some rows of the star of `prepare`, such as those of one class, and return its path.
 
-    A file that holds these particles already is left as it is, so that the steps after it are not run again.
+    A file that holds these particles already, and is newer than the star, is left as it is, so that the steps after it
+    are not run again.
 
     Parameters
     ----------
@@ -177,7 +189,11 @@ def select(folder: str | Path, star: str | Path, rows: Any, name: str = "selecte
     table = stack.table.iloc[np.arange(len(stack))[rows]]
     if table.empty:
         raise ValueError(f"rows: expected some of the {len(stack)} particles of {star}, got none")
-    if not out.is_file() or starfile.read(out)["particles"]["rlnImageName"].tolist() != table["rlnImageName"].tolist():
+    if (
+        not out.is_file()
+        or out.stat().st_mtime_ns < Path(star).stat().st_mtime_ns
+        or starfile.read(out)["particles"]["rlnImageName"].tolist() != table["rlnImageName"].tolist()
+    ):
         _write_star(out, stack.optics, table)
     return out
 
@@ -412,7 +428,12 @@ def post_process(
 
 
 def reconstruct(
-    star: str | Path, out: str | Path, *, half: int | None = None, max_resolution: float | None = None
+    star: str | Path,
+    out: str | Path,
+    *,
+    half: int | None = None,
+    max_resolution: float | None = None,
+    ctf: bool | None = None,
 ) -> Path:
     """Reconstruct a map from the poses of `star` by relion_reconstruct, and return its path.
 
@@ -421,11 +442,12 @@ def reconstruct(
     star : particles whose images are named relative to its own folder, where RELION is run and the log kept.
     half : 1 or 2 for those of that rlnRandomSubset; None for all.
     max_resolution : A; None is Nyquist.
+    ctf : whether the images have the CTF of their columns, to be corrected; None is for a star without such columns.
 
     Raises
     ------
-    RelionMissing, RelionError ; ValueError : no poses (RELION takes all angles as 0), a stack that is cut short
-        (RELION reads on): it says nothing of either.
+    RelionMissing, RelionError ; ValueError : a CTF and no choice, `ctf` and no CTF, no poses (RELION takes all angles
+        as 0), a stack that is cut short (RELION reads on): it says nothing of the last two.
     """
     star, out = Path(star), Path(out).absolute()
     stack = ParticleStack.open(star, project=star.absolute().parent)
@@ -434,8 +456,9 @@ def reconstruct(
             f"{star}: expected poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi), got none, which relion_reconstruct "
             "takes as 0; give the star file that a refinement wrote"
         )
+    ctf = _has_ctf(stack, ctf)
     out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["relion_reconstruct", "--i", star.name, "--o", _inside(star.parent, out)]
+    command = ["relion_reconstruct", "--i", star.name, "--o", _inside(star.parent, out), *["--ctf"] * ctf]
     command += [] if half is None else ["--subset", checks.choice("half", half, (1, 2))]
     if max_resolution is not None:
         command += ["--maxres", checks.number("max_resolution", max_resolution, above=0.0)]
@@ -451,7 +474,10 @@ def commands(folder: str | Path) -> dict[str, str]:
 
 
 def _refine(folder: str | Path, star: str | Path, diameter: float, step: str, threads: int, seed: int) -> list[Any]:
-    """What all refinements have in common; refuses a star with poses or of larger particles than its box."""
+    """What all refinements have in common; refuses a star with poses or of larger particles than its box.
+
+    RELION's flags take no value: `--ctf false` is `--ctf`. References are free of CTF: `--ctf_corrected_ref`.
+    """
     if Path(star).absolute().parent != Path(folder).absolute():
         raise ValueError(f"{star}: expected a star file in {folder}, where RELION runs; give the star of prepare()")
     stack = ParticleStack.open(star, project=folder)
@@ -460,6 +486,8 @@ def _refine(folder: str | Path, star: str | Path, diameter: float, step: str, th
         raise ValueError(f"{star}: expected particles without poses or classes, got them; give the star of prepare()")
     command = ["relion_refine", "--i", _inside(folder, star), "--o", f"{step}/run", "--particle_diameter", diameter]
     command += [*COMMON, "--sym", "C1", "--pool", 30, "--preread_images"]
+    if stack.ctf is not None:
+        command += ["--ctf"] + ["--ctf_corrected_ref"] * (step != "initial_model")
     command += ["--j", checks.integer("threads", threads, low=1), "--random_seed", checks.integer("seed", seed, low=0)]
     return command
 
@@ -483,6 +511,22 @@ def _folder(folder: str | Path) -> Path:
 def _inside(folder: str | Path, path: str | Path) -> str:
     """The path as RELION, run in `folder`, is to be given it."""
     return os.path.relpath(Path(path).absolute(), Path(folder).absolute())
+
+
+def _has_ctf(stack: ParticleStack, ctf: bool | None) -> bool:
+    """Whether the images have the CTF of their columns: the caller's choice, where there is one."""
+    checks.choice("ctf", ctf, (None, True, False))
+    if ctf and stack.ctf is None:
+        raise ValueError(
+            f"{stack.path}: expected {', '.join(DEFOCUS)} for ctf=True, got no such columns; add them, or leave ctf out"
+        )
+    if ctf is None and set(DEFOCUS) & set(stack.table):
+        raise ValueError(
+            f"{stack.path}: expected a choice of ctf for a star with CTF columns, got None; pass ctf=True where the "
+            "images have that CTF, as noisy ones do: RELION corrects it; or ctf=False where they have none, as those "
+            "denoised by a network trained on references without CTF: RELION ignores the columns"
+        )
+    return bool(ctf)
 
 
 def _diameter(stack: ParticleStack, diameter: float) -> float:

@@ -17,6 +17,7 @@ HIGHER_IS_BETTER = {"mse": False, "psnr": True, "ssim": True}
 KEYS = ["method", "experiment", "seed"]
 BASELINE_LABELS = {
     "noisy": "Noisy input",
+    "average": "Average reference",
     "gaussian": "Gaussian low-pass",
     "bm3d": "BM3D",
     "ksvd": "K-SVD",
@@ -118,6 +119,22 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
         row["PSNR, ours, five checkpoints of one run"] = entry(best_of_one, method, "psnr")
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
+    """The resolutions of `reconstruction.compare` as strings, a row a stack, named by its path (`study/method/experiment`).
+
+    `truth` is what the maps were compared with.
+    """
+    known = LABELS | {"clean": "Clean images", "noisy": "Noisy images"}
+    words = [name.split("/") for name in table.index]
+    described = pd.DataFrame({"Images": [known.get(part := (word[1:2] or word)[0], part) for word in words]})
+    described["Networks"] = [{"halves": "two, disjoint pairs"}.get(word[0], "one") if word[1:] else "—" for word in words]
+    if any(word[2:] for word in words):
+        described["Contamination of their references"] = [word[2].split("-")[2] if word[2:] else "—" for word in words]
+    titles = ["Half-maps", "Half-maps, masked", "Half-maps, masked and corrected", truth, f"{truth}, masked"]
+    described[[f"{title} (Å)" for title in titles]] = [[f"{value:.1f}" for value in row] for row in table.to_numpy()]
+    return described
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -339,7 +339,9 @@ def run(
     last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
     _write_lines(final / "metrics.jsonl", trainer.history)
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
-    card = network | {"pixel_size": configuration["data"]["pixel_size"], "validation": last} | configuration
+    mean, sd = (float(values.mean()) for values in imaging.background(y[:256]))
+    seen = {"pixel_size": configuration["data"]["pixel_size"], "background": {"mean": mean, "sd": sd}}
+    card = network | seen | {"validation": last} | configuration
     models.save(final / "generator.safetensors", trainer.generator, card)
     return last
 

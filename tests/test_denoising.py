@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,3 +89,124 @@ def test_relion_reconstructs_from_the_denoised_stack(stack, tmp_path):
 
     volume = mrcfile.read(tmp_path / "map.mrc")
     assert volume.shape == (32, 32, 32) and np.isfinite(volume).all() and volume.std() > 0
+
+
+CARD = {"image_size": 32, "pixel_size": 6.4, "background": {"mean": 0.1, "sd": 0.5}}
+
+
+class Seen(torch.nn.Module):
+    """A network that gives back what it sees, and remembers it."""
+
+    image_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, y):
+        self.last = y.numpy()[:, 0]
+        return y
+
+
+def particle_stack(folder, n=20, box=32, pixel_size=6.4, sign=1.0):
+    """Discs, three background sd above (or below) a background of mean 5 and sd 2."""
+    y, x = (np.ogrid[-1:1:box * 1j, -1:1:box * 1j][axis] * box * pixel_size / 204.8 for axis in (0, 1))
+    images = 5 + sign * 6 * (np.hypot(x, y) < 0.4) + 2 * np.random.default_rng(0).normal(size=(n, box, box))
+    return particles.ParticleStack.open(particles.new(folder / "p.star", images, imaging.random_rotations(n, 0), pixel_size))
+
+
+def test_images_are_given_the_grey_scale_that_the_network_was_trained_on(tmp_path):
+    stack, model = particle_stack(tmp_path), Seen()
+    denoising.denoise_stack(denoising.fit(model, CARD, stack), stack, tmp_path / "d.star")
+    mean, sd = imaging.background(model.last)
+    np.testing.assert_allclose(mean, 0.1, atol=1e-5)
+    np.testing.assert_allclose(sd, 0.5, rtol=1e-4)
+    assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
+
+
+def test_dark_particles_are_refused_or_inverted(tmp_path):
+    stack, model = particle_stack(tmp_path, sign=-1.0), Seen()
+    with pytest.raises(ValueError, match="expected particles brighter than their background, got dark ones; to invert them, pass"):
+        denoising.fit(model, CARD, stack)
+    denoising.fit(model, CARD, stack, contrast="dark")(stack.images[:])
+    assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "box, pixel_size, needed",
+    [(48, 6.4, "crop"), (64, 3.2, "rescale"), (24, 6.4, "rescale"), (80, 3.2, "rescale")],
+)
+def test_another_box_or_pixel_size_is_refused_unless_allowed(tmp_path, box, pixel_size, needed):
+    """The network then sees the disc at its own scale, and what comes back has the stack's box and scale."""
+    stack, model = particle_stack(tmp_path, box=box, pixel_size=pixel_size), Seen()
+    order = denoising.RESIZES
+    for less in order[: order.index(needed)]:
+        with pytest.raises(ValueError, match=f"expected 32 x 32 px of 6.4 A, .*, got {box} x {box} px of {pixel_size:g} A; allow resize {needed}"):
+            denoising.fit(model, CARD, stack, resize=less)
+    back = denoising.fit(model, CARD, stack, resize=needed)(stack.images[:])
+    radius = np.hypot(*np.ogrid[-16:16, -16:16]) * 6.4
+    reach = min(32 * 6.4, box * pixel_size) / 2
+    inside, ring = model.last[:, radius < 30].mean(), model.last[:, (radius > 55) & (radius < min(90, reach))].mean()
+    assert inside - ring > 1.0
+    assert back.shape == stack.images.shape
+    own = np.hypot(*np.ogrid[-(box // 2):box - box // 2, -(box // 2):box - box // 2]) * pixel_size
+    np.testing.assert_allclose(back[:, own < 30].mean(), inside, rtol=0.05)
+
+
+def test_beyond_the_networks_box_lies_its_background(tmp_path):
+    stack = particle_stack(tmp_path, box=48)
+    back = denoising.fit(Seen(), CARD, stack, resize="crop")(stack.images[:])
+    assert np.ptp(back[:, :8], axis=(1, 2)).max() < 1e-6
+    np.testing.assert_allclose(back[:, 0, 0], 0.1, atol=1e-4)
+
+
+def test_what_a_card_or_a_stack_does_not_say_is_asked_for(tmp_path):
+    stack = particle_stack(tmp_path)
+    with pytest.raises(ValueError, match="card: expected image_size, pixel_size and background, got no background; train it again"):
+        denoising.fit(Seen(), {"image_size": 32, "pixel_size": 6.4}, stack)
+    with pytest.raises(ValueError, match="resize: expected one of none, crop, rescale, got 'yes'"):
+        denoising.fit(Seen(), CARD, stack, resize="yes")
+    silent = particles.ParticleStack.open(particles.write(tmp_path / "s.mrcs", stack.images, stack))
+    object.__setattr__(silent, "pixel_size", None)
+    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, to compare with the network's 6.4 A, got none; open with pixel_size"):
+        denoising.fit(Seen(), CARD, silent)
+
+
+def test_a_pixel_size_that_differs_by_a_rounding_changes_no_pixel(tmp_path):
+    stack, model = particle_stack(tmp_path, pixel_size=6.42), Seen()
+    denoising.fit(model, CARD, stack)(stack.images[:])
+    images = stack.images[:]
+    correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, model.last)]
+    assert min(correlation) > 0.99999
+
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "particles"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data of ../shared, which is absent")
+@pytest.mark.parametrize(
+    "name, contrast, pixel_size",
+    [
+        ("rln_proj_65.star", None, 5.0), ("rln_proj_65.mrcs", None, 5.0), ("sample_particles_relion31.star", None, None),
+        ("sample.mrcs", None, 1.4), ("empiar_10076_7.star", "dark", None), ("empiar_10076_7.mrc", "dark", 1.31),
+        ("relion31.star", "dark", None), ("relion31.mrcs", "dark", None),
+    ],
+)  # fmt: skip
+def test_every_real_file_is_denoised(name, contrast, pixel_size, tmp_path):
+    """Resampled to the network's grid and back; the rows, the box and the pixel size stay."""
+    stack = particles.ParticleStack.open(DATA / name, pixel_size=pixel_size)
+    denoise = denoising.fit(network(), CARD, stack, resize="rescale", contrast=contrast)
+    out = tmp_path / ("d.star" if name.endswith(".star") else "d.mrcs")
+    written = particles.ParticleStack.open(denoising.denoise_stack(denoise, stack, out), pixel_size=pixel_size)
+    assert written.images.shape == stack.images.shape and written.pixel_size == pytest.approx(stack.pixel_size, rel=1e-4)
+    assert np.isfinite(written.images[:]).all()
+    if out.suffix == ".star":
+        assert written.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))
+
+
+def test_progress_is_printed(stack, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(denoising, "PRINT_EVERY", -1)
+    denoising.denoise_stack(network(), stack[0], tmp_path / "d.star", batch_size=3, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("3 of 7 images, ")
+

@@ -23,7 +23,7 @@ def test_an_experiment_reads_what_it_writes(text):
     "text, message",
     [
         ("awgn_0.1", "expected protocol-snr-contamination such as awgn-0.1-none"),
-        ("poisson-0.1-none", "protocol: expected one of awgn, clipped, got 'poisson'"),
+        ("poisson-0.1-none", "protocol: expected one of awgn, clipped, measured, got 'poisson'"),
         ("awgn-0-none", "snr: expected a finite number > 0, got 0.0"),
         ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, got 'D'"),
         ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
@@ -135,6 +135,9 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("studies: [table1,", "studies: [", "expected the entries of study"),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
+        ("[measured-none]", "[awgn-0.1-none]", "study figure4: expected the noise measured-..., got awgn-0.1-none"),
+        ("[clipped-0.1-none]", "[measured-none]", "study clipped: expected the noise one of awgn, clipped, got measured-none"),
+        ("figure4/beta_05_05_l1/m", "figure4/beta/m", "use runs that no study makes: figure4/beta/measured-none/seed0"),
         ("stack_runs: [table1/beta_05_05_l1", "stack_runs: [clipped/l2_ae", "use runs that no study makes: clipped/l2_ae/awgn-0.1-none/seed0"),
     ]:
         assert old in laptop
@@ -158,3 +161,43 @@ def test_the_readme_counts_the_runs_of_each_scale():
 def test_bad_runs_are_refused(change, error):
     with pytest.raises(error):
         Run(**({"method": "l1_ae", "experiment": "awgn-0.1-none", "seed": 0} | change))
+
+
+@pytest.mark.parametrize("name", ["measured-none", "measured-A_0.3", "measured-none-half1"])
+def test_measured_noise_is_an_experiment_without_an_snr(name):
+    experiment = Experiment.parse(name)
+    assert str(experiment) == name and experiment.protocol == "measured" and experiment.snr is None
+    with pytest.raises(ValueError, match="snr: expected None, since measured images have their own noise, got 0.1"):
+        Experiment("measured", 0.1)
+
+
+@pytest.mark.parametrize("name", ["measured", "measured-0.1-none", "awgn-none", "measured-none-half3"])
+def test_names_that_mix_measured_and_simulated_noise_are_refused(name):
+    with pytest.raises(ValueError, match="experiment: expected protocol-snr-contamination .* measured-none"):
+        Experiment.parse(name)
+
+
+def test_pairs_of_particles_are_the_images_as_they_were_taken(tmp_path):
+    x, y = np.random.default_rng(0).random((2, 6, 16, 16), dtype=np.float32)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"x_{split}.npy", x)
+        np.save(tmp_path / f"y_{split}.npy", y)
+    data = Dataset(tmp_path)
+    for ours, expected in zip(data.pairs("train", Experiment.parse("measured-none-half2")), (x, y)):
+        np.testing.assert_array_equal(ours, expected[1::2])
+    (tmp_path / "y_test.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="y_test.npy, found nothing; .* for particles and their measured noise, with notebook 10"):
+        data.pairs("test", Experiment.parse("measured-none"))
+
+
+def test_missing_runs_are_counted_and_the_first_is_named(tmp_path):
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    with pytest.raises(FileNotFoundError, match="4 of 4 runs are missing, the first .*figure4/l1_ae/measured-none/seed0"):
+        experiments.expected_runs(params, params["particle_studies"], tmp_path)
+    for name in params["particle_studies"]:
+        for run in expand(params["study"][name]):
+            folder = tmp_path / name / run.folder
+            folder.mkdir(parents=True)
+            (folder / "generator.safetensors").touch()
+    assert len(experiments.expected_runs(params, params["particle_studies"], tmp_path)) == 4
+

@@ -16,6 +16,7 @@ from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 
 from cryo_lib import imaging, mrc, particles
+from cryo_lib.phantom import phantom
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RIBOSOME = SHARED / "data/ribosome/clean70SRibosome_vol_65p.mrc"
@@ -528,3 +529,92 @@ def test_bad_ctf_parameters_are_named(change, message):
         imaging.ctf(microscope(3).drop(columns="rlnDefocusU"), 32, 2.0)
     with pytest.raises(ValueError, match=r"images: expected \(3, n, n\)"):
         imaging.apply_ctf(np.ones((2, 32, 32)), microscope(3), 2.0)
+
+
+def waves(n: int, seed: int = 0) -> np.ndarray:
+    """Images of a few plane waves below half of Nyquist, as values of a function of the position in pixels."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(-(n // 8), n // 8 + 1, (6, 2)), rng.normal(size=6), rng.uniform(0, 6, 6)
+
+
+def evaluate(parts, n: int, x: np.ndarray) -> np.ndarray:
+    k, amplitude, phase = parts
+    angle = 2 * np.pi / n * (k[:, 1, None, None] * x[:, None] + k[:, 0, None, None] * x) + phase[:, None, None]
+    return np.einsum("k,kyx->yx", amplitude, np.cos(angle))
+
+
+@pytest.mark.parametrize("n, to", [(64, 1.0), (32, 2.0), (90, 64 / 90), (40, 1.5), (50, 1.1)])
+def test_resampling_evaluates_the_band_limited_function_about_the_same_centre(n, to):
+    parts, side = waves(64), 64
+    image = evaluate(parts, side, np.arange(side) - side // 2)
+    places = (np.arange(n) - n // 2) * to
+    inside = (places >= -32.5) & (places <= 31.5)
+    ours = imaging.resample(image[None], 1.0, n, to)[0]
+    expected = evaluate(parts, side, places)
+    np.testing.assert_allclose(ours[np.ix_(inside, inside)], expected[np.ix_(inside, inside)], atol=2e-4)
+    assert not ours[~inside].any() and not ours[:, ~inside].any()
+
+
+def test_resampling_crops_pads_and_keeps_what_lies_on_the_same_grid():
+    images = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    np.testing.assert_array_equal(imaging.resample(images, 1.34, 32, 1.34), images)
+    np.testing.assert_allclose(imaging.resample(images, 1.34, 20, 1.34), images[:, 6:26, 6:26], atol=1e-6)
+    padded = imaging.resample(images, 1.34, 40, 1.34)
+    np.testing.assert_allclose(padded[:, 4:36, 4:36], images, atol=1e-6)
+    assert not padded[:, :4].any() and not padded[:, :, 36:].any()
+
+
+def test_resampling_removes_what_the_coarser_grid_cannot_hold():
+    x = np.arange(64)
+    image = np.cos(2 * np.pi * 20 / 64 * x) + np.zeros((64, 1))
+    assert np.abs(imaging.resample(image[None], 1.0, 32, 2.0)).max() < 1e-5
+
+
+def test_a_resampled_volume_projects_to_resampled_projections():
+    structure = phantom(2, 20.0, 0)[0]
+    fine = imaging.density(structure, 64, 3.2, 16.0)
+    rotations = imaging.random_rotations(4, 0)
+    coarse = imaging.resample_volume(fine, 3.2, 32, 6.4)
+    ours = imaging.project(coarse, rotations) * 2  # line integrals in voxels
+    np.testing.assert_allclose(ours, imaging.resample(imaging.project(fine, rotations), 3.2, 32, 6.4), atol=0.01 * ours.max())
+
+
+@pytest.mark.parametrize("contrast, sign", [("bright", 1), ("dark", -1)])
+@pytest.mark.parametrize("n, to", [(48, 1.0), (32, 1.0), (24, 2.0), (64, 1.0)])
+def test_standardised_backgrounds_have_mean_0_and_sd_1(contrast, sign, n, to):
+    """Also where a larger box surrounds the image with 0; a bright disc comes out bright, a dark one inverted."""
+    rng = np.random.default_rng(0)
+    y, x = np.ogrid[-1:1:48j, -1:1:48j]
+    images = 7 + sign * 3 * (np.hypot(x, y) < 0.3) + 2 * rng.normal(size=(50, 48, 48))
+    ours = imaging.standardise(images, 1.0, n, to, contrast)
+    mean, sd = imaging.background(ours, min(1.0, 48 / (n * to)))
+    np.testing.assert_allclose(mean, 0, atol=1e-5)
+    np.testing.assert_allclose(sd, 1, rtol=1e-5)
+    assert ours[:, n // 2, n // 2].mean() > 1
+
+
+def test_a_background_that_does_not_vary_is_named():
+    images = np.random.default_rng(0).normal(size=(3, 16, 16))
+    y, x = np.ogrid[-1:1:16j, -1:1:16j]
+    images[1][np.hypot(y, x) > 1] = 0
+    with pytest.raises(ValueError, match="expected backgrounds that vary, got 1 constant of 3, the first of image 1"):
+        imaging.standardise(images, 1.0, 16, 1.0)
+
+
+def test_the_power_spectrum_of_white_noise_is_flat_at_its_variance():
+    images = 3 * np.random.default_rng(0).normal(size=(200, 32, 32))
+    frequency, power = imaging.power_spectrum(images, 2.0)
+    np.testing.assert_allclose(power[2:], 9, rtol=0.1)
+    assert frequency[-1] == pytest.approx(0.25) and len(frequency) == 17
+    with pytest.raises(ValueError, match="images: expected square ones, got 16 x 20; crop or pad them"):
+        imaging.power_spectrum(np.ones((1, 16, 20)), 1.0)
+
+
+def test_odd_boxes_keep_their_centre():
+    """RELION centres an image of 65 px on pixel 33: a point there stays in the middle of whatever box."""
+    image = np.zeros((1, 65, 65))
+    image[0, 33, 33] = 1.0
+    for n, to in ((64, 1.0), (33, 2.0), (32, 2.0), (90, 0.7)):
+        y, x = np.unravel_index(imaging.resample(image, 1.0, n, to)[0].argmax(), (n, n))
+        assert (y, x) == ((n + 1) // 2,) * 2
+

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import shutil
 import subprocess
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import mrcfile
@@ -17,7 +20,7 @@ import pytest
 import starfile
 from scipy.spatial.transform import Rotation
 
-from cryo_lib import imaging, particles
+from cryo_lib import imaging, mrc, particles
 from cryo_lib.particles import ParticleStack
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "particles"
@@ -25,7 +28,16 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the test data {DATA}
 needs_relion = pytest.mark.skipif(
     shutil.which("relion_reconstruct") is None, reason="RELION is not installed (Debian package relion)"
 )
-FILES = ["empiar_10076_7", "relion31", "rln_proj_65", "sample", "sample_particles_relion31"]
+SHARED = {  # shape, A, poses, CTF
+    "empiar_10076_7.mrc": ((7, 320, 320), None, False, False),
+    "empiar_10076_7.star": ((7, 320, 320), 5e4 / 38168, False, True),
+    "relion31.mrcs": ((5, 256, 256), 1.0, False, False),  # as its header has it
+    "relion31.star": ((5, 256, 256), 2.806, True, True),
+    "rln_proj_65.mrcs": ((5, 65, 65), None, False, False),
+    "rln_proj_65.star": ((5, 65, 65), None, True, False),
+    "sample.mrcs": ((17, 200, 200), None, False, False),
+    "sample_particles_relion31.star": ((17, 200, 200), 1.4, True, True),
+}
 
 
 def make_images(n: int, box: int = 8, seed: int = 0) -> np.ndarray:
@@ -90,40 +102,35 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @needs_data
-@pytest.mark.parametrize("name", FILES)
-def test_opens_every_shared_file_as_mrcfile_and_starfile_read_it(name):
-    for path in [*DATA.glob(f"{name}.mrc*"), *DATA.glob(f"{name}.star")]:
-        stack = ParticleStack.open(path)
-        if path.suffix == ".star":
-            tables = starfile.read(path, always_dict=True)
-            table = tables.get("particles", tables.get(""))
-            assert list(stack.table) == list(table) and len(stack) == len(table)
-            source = DATA / table["rlnImageName"].iloc[0].partition("@")[2]
-            numbers = [int(reference.partition("@")[0]) - 1 for reference in table["rlnImageName"]]
-        else:
-            source, numbers = path, slice(None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one file has no map identifier
-            with mrcfile.open(source, permissive=True) as mrc:
-                np.testing.assert_array_equal(stack.images[:], mrc.data[numbers])
+def test_every_shared_file_is_in_the_list():
+    assert {path.name for path in DATA.iterdir()} == set(SHARED)
 
 
 @needs_data
-@pytest.mark.parametrize(
-    "name, pixel_size, posed",
-    [
-        ("empiar_10076_7.star", 5e4 / 38168, False),
-        ("relion31.star", 2.806, True),
-        ("rln_proj_65.star", None, True),
-        ("sample_particles_relion31.star", 1.4, True),
-        ("sample.mrcs", None, False),
-    ],
-)
-def test_pixel_size_poses_and_ctf_of_shared_files(name, pixel_size, posed):
+@pytest.mark.parametrize("name", SHARED)
+def test_opens_every_shared_file_as_mrcfile_and_starfile_read_it(name):
+    source, numbers = DATA / name, slice(None)
+    stack = ParticleStack.open(source)
+    if source.suffix == ".star":
+        tables = starfile.read(source, always_dict=True)
+        table = tables.get("particles", tables.get(""))
+        assert list(stack.table) == list(table) and len(stack) == len(table)
+        source = DATA / table["rlnImageName"].iloc[0].partition("@")[2]
+        numbers = [int(reference.partition("@")[0]) - 1 for reference in table["rlnImageName"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one file has no map identifier
+        with mrcfile.open(source, permissive=True) as mrc:
+            np.testing.assert_array_equal(stack.images[:], mrc.data[numbers])
+
+
+@needs_data
+@pytest.mark.parametrize("name", SHARED)
+def test_shape_pixel_size_poses_and_ctf_of_shared_files(name):
+    shape, pixel_size, posed, has_ctf = SHARED[name]
     stack = ParticleStack.open(DATA / name)
+    assert stack.images.shape == (len(stack), *shape[1:]) == shape
     assert stack.pixel_size == (pixel_size if pixel_size is None else pytest.approx(pixel_size, abs=1e-5))
-    assert (stack.poses is not None) == posed
-    assert (stack.ctf is not None) == ("rlnDefocusU" in stack.table)
+    assert (stack.poses is not None) == posed and (stack.ctf is not None) == has_ctf
 
 
 @needs_data
@@ -241,6 +248,21 @@ def test_origins_left_out_are_zero(tmp_path):
     assert ParticleStack.open(path).poses.shifts.tolist() == [[0.0, 0.0]]
 
 
+def test_one_origin_alone_is_read(tmp_path):
+    make_stack(tmp_path / "s.mrcs", make_images(1))
+    columns = "rlnImageName rlnAngleRot rlnAngleTilt rlnAnglePsi rlnOriginYAngst"
+    path = make_star(tmp_path / "x.star", "1@s.mrcs 1 2 3 4\n", columns, None)
+    assert ParticleStack.open(path).poses.shifts.tolist() == [[0.0, -4.0]]
+
+
+def test_rows_may_begin_as_table_names_do(tmp_path):
+    images = make_images(3)
+    make_stack(tmp_path / "s.mrcs", images)
+    rows = "a.mrc 1@s.mrcs 1\ndata_1/a.mrc 3@s.mrcs 1\ndata_1/b.mrc 2@s.mrcs 1\n"
+    stack = ParticleStack.open(make_star(tmp_path / "x.star", rows, "rlnMicrographName rlnImageName rlnOpticsGroup"))
+    np.testing.assert_array_equal(stack.images[:], images[[0, 2, 1]])
+
+
 def test_pixel_origins_without_a_pixel_size_are_refused(tmp_path):
     make_stack(tmp_path / "s.mrcs", make_images(1))
     columns = "rlnImageName rlnAngleRot rlnAngleTilt rlnAnglePsi rlnOriginX rlnOriginY"
@@ -354,10 +376,20 @@ def test_mixed_optics_are_refused_and_unused_or_equal_ones_are_not(tmp_path):
     assert ParticleStack.open(unused).pixel_size == 1.5
 
 
+def test_optics_of_mixed_boxes_are_refused(tmp_path):
+    make_stack(tmp_path / "s.mrcs", make_images(2))
+    optics = "1 1.5 300 2.7 0.1 8\n2 1.5 300 2.7 0.1 10\n"
+    mixed = make_star(tmp_path / "x.star", "1@s.mrcs 1\n2@s.mrcs 2\n", optics=optics)
+    refused(mixed, "data_optics", "expected rlnImageSize 8, as the stacks", "got {10}", "correct")
+
+
 def test_optics_group_that_is_not_there(tmp_path):
     make_stack(tmp_path / "s.mrcs", make_images(2))
     refused(make_star(tmp_path / "x.star", "1@s.mrcs 1\n2@s.mrcs 7\n"), "particle row 2", "optics group of [1], got 7")
     refused(make_star(tmp_path / "x.star", "1@s.mrcs\n", "rlnImageName"), "got no rlnOpticsGroup")
+    listed = make_star(tmp_path / "y.star", "1@s.mrcs 1\n")
+    listed.write_text(listed.read_text().replace("loop_\n", "", 1))
+    refused(listed, "expected data_optics as a table, got no loop_", "write it as RELION does")
 
 
 def test_optics_box_or_dimensionality_that_is_not_the_stacks(tmp_path):
@@ -377,6 +409,19 @@ def test_pixel_size_of_headers_must_agree(tmp_path, voxel, agrees):
     else:
         refused(path, "1.5 by rlnImagePixelSize of data_optics", "2.0 by the MRC headers", "pixel_size=")
         assert ParticleStack.open(path, pixel_size=2.0).pixel_size == 2.0
+
+
+@pytest.mark.parametrize(
+    "columns, row, optics, sources",
+    [
+        ("rlnMagnification rlnDetectorPixelSize", "25000 5", None, ("2.0 by rlnDetectorPixelSize", "1.5 by the MRC")),
+        ("rlnOpticsGroup rlnImagePixelSize", "1 2.5", "", ("1.5 by rlnImagePixelSize of data_optics", "2.5 by")),
+    ],
+)
+def test_sources_of_the_pixel_size_must_agree(tmp_path, columns, row, optics, sources):
+    make_stack(tmp_path / "s.mrcs", make_images(1), 1.5)
+    path = make_star(tmp_path / "x.star", f"1@s.mrcs {row}\n", f"rlnImageName {columns}", optics)
+    refused(path, "expected one pixel size", *sources, "pixel_size=")
 
 
 def test_bad_pixel_size_argument(tmp_path):
@@ -401,12 +446,24 @@ def test_missing_columns(tmp_path):
     [
         ("1@s.mrcs 1\n1@s.mrcs\n", ("data_particles, row 2", "expected 2 fields, got 1", "cut short")),
         ("1@s.mrcs 1 9\n", ("row 1", "expected 2 fields, got 3")),
-        ("", ("got ['rlnImageName', 'rlnOpticsGroup'], 0 rows",)),
+        ("", ("got ['rlnImageName', 'rlnOpticsGroup'], no rows",)),
     ],
 )
 def test_damaged_star(tmp_path, rows, parts):
     make_stack(tmp_path / "s.mrcs", make_images(1))
     refused(make_star(tmp_path / "x.star", rows), *parts)
+
+
+@pytest.mark.parametrize("column", ["rlnAngleTilt", "rlnOriginXAngst", "rlnDefocusU"])
+@pytest.mark.parametrize("value", ["nan", "inf", "oops"])
+def test_numbers_that_are_none_are_named(tmp_path, column, value):
+    columns = [*particles.ANGLES, *particles.ORIGINS, *particles.DEFOCUS]
+    make_stack(tmp_path / "s.mrcs", make_images(2))
+    bad = " ".join(value if label == column else "1" for label in columns)
+    rows = f"1@s.mrcs 1 {'1 ' * 8}\n2@s.mrcs 1 {bad}\n"
+    stack = ParticleStack.open(make_star(tmp_path / "x.star", rows, f"rlnImageName rlnOpticsGroup {' '.join(columns)}"))
+    with pytest.raises(ValueError, match=rf"x\.star, particle row 2: expected a finite {column}, got {value} .*remove"):
+        _ = stack.poses, stack.ctf
 
 
 def test_duplicate_columns_and_not_a_star_file(tmp_path):
@@ -435,6 +492,12 @@ def test_short_and_damaged_stacks_are_named(tmp_path):
     star = make_star(tmp_path / "y.star", "1@x.mrcs 1\n")
     with pytest.raises(ValueError, match=r"x\.mrcs: .*in mode 4"):
         ParticleStack.open(star)
+
+
+@pytest.mark.parametrize("content", [b"This is no MRC file. " * 100, b"\xff" * 4096, bytes(range(256)) * 8])
+def test_bytes_that_make_no_sense_in_either_order(tmp_path, content):
+    (tmp_path / "x.mrcs").write_bytes(content)
+    refused(tmp_path / "x.mrcs", "expected an MRC stack of real numbers", "pixels in mode", "damaged, no MRC file")
 
 
 def test_stack_cut_after_opening_is_an_error_not_a_crash(tmp_path):
@@ -601,17 +664,54 @@ def test_bad_images_leave_nothing_behind(tmp_path, images, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
-    like = ParticleStack.open(make_stack(tmp_path / "x.mrcs", make_images(3)))
+def test_full_disk_is_said_and_leaves_nothing(tmp_path):
+    make_stack(tmp_path / "s.mrcs", make_images(3), 1.5)
+    like = ParticleStack.open(make_star(tmp_path / "x.star", "1@s.mrcs 1\n2@s.mrcs 1\n3@s.mrcs 1\n"))
     before = sorted(tmp_path.rglob("*"))
 
     def batches():
         yield make_images(1)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"y\.mrcs: the disk is full"):
-        particles.write(tmp_path / "y.mrcs", batches(), like)
-    assert sorted(tmp_path.rglob("*")) == before
+    for attempt in (
+        lambda: particles.write(tmp_path / "y.mrcs", batches(), like),
+        lambda: particles.write(tmp_path / "y.star", batches(), like),
+        lambda: particles.new(tmp_path / "y.star", batches(), imaging.random_rotations(3, 0), 1.5),
+    ):
+        with pytest.raises(OSError, match=r"y\.(mrcs|star): the disk is full"):
+            attempt()
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_keeps_what_it_had(tmp_path, small_disk):
+    rows, columns = "".join(f"{i}@s.mrcs {'x' * 600}\n" for i in range(1, 101)), "rlnImageName rlnMicrographName"
+    likes = []
+    for box in (16, 8):  # 102 kB of images; 26 kB, which fit, with a star file of 60 kB, which then does not
+        make_stack(tmp_path / f"{box}" / "s.mrcs", make_images(100, box), 1.5)
+        likes.append(ParticleStack.open(make_star(tmp_path / f"{box}" / "x.star", rows, columns, None)))
+    for name in ("y.mrcs", "y.star"):
+        (small_disk / name).write_text("old")
+    for attempt in (
+        lambda: particles.write(small_disk / "y.mrcs", likes[0].images, likes[0]),
+        lambda: particles.write(small_disk / "y.star", likes[0].images, likes[0]),
+        lambda: particles.write(small_disk / "y.star", likes[1].images, likes[1]),
+        lambda: particles.new(small_disk / "y.star", likes[0].images, imaging.random_rotations(100, 0), 1.5),
+    ):
+        with pytest.raises(OSError, match=r"disk/y\.(mrcs|star): the disk is full; free space on .*half-written"):
+            attempt()
+        assert {path.name: path.read_text() for path in small_disk.iterdir()} == {"y.mrcs": "old", "y.star": "old"}
 
 
 def test_inputs_are_never_replaced_and_names_are_checked(tmp_path):
@@ -715,6 +815,38 @@ def test_streaming_a_stack_takes_memory_for_a_batch_only(tmp_path):
     assert most - before < 25e6
 
 
+def peak_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc (Linux)")
+def test_a_million_rows_open_in_seconds_and_their_images_stay_on_disk(tmp_path):
+    n, box = 1_000_000, 64  # 16 GB of images, holes but for those that are read
+    path, rng = make_stack(tmp_path / "s.mrcs", make_images(1, box), 1.5), np.random.default_rng(0)
+    chosen, images = rng.choice(n, 256, replace=False), make_images(256, box)
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(np.int32(n).tobytes())
+        for i, image in zip(chosen, images):
+            file.seek(1024 + int(i) * image.nbytes)
+            file.write(image.tobytes())
+        file.truncate(1024 + n * images[0].nbytes)
+    columns = "rlnImageName rlnAngleRot rlnAngleTilt rlnAnglePsi rlnOriginXAngst rlnOriginYAngst rlnOpticsGroup"
+    rows = "".join(f"{n - i:07d}@s.mrcs {i % 360}.25 90.5 12.125 0.5 -0.5 1\n" for i in range(n))  # last image first
+    star = make_star(tmp_path / "x.star", rows, columns, f"1 1.5 300 2.7 0.1 {box}\n")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before, start = peak_memory(), time.perf_counter()
+    stack = ParticleStack.open(star)
+    opened = time.perf_counter()
+    for order in (np.arange(256), np.argsort(-chosen)):  # random rows, sorted rows
+        np.testing.assert_array_equal(stack.images[n - 1 - chosen[order]], images[order])
+    read = time.perf_counter()
+    assert stack.images.shape == (n, box, box)
+    assert opened - start < 60 and read - opened < 5  # seconds; 5 and 0.01 measured
+    assert peak_memory() - before < 1e9  # 0.5 measured
+
+
 # ---- RELION ------------------------------------------------------------------------------------------------
 
 
@@ -752,22 +884,68 @@ def test_relion_reconstructs_the_volume_from_new_and_from_written_stacks(tmp_pat
     assert (tmp_path / "half.mrc").exists()
 
 
+def statistics(folder: Path, name: str) -> np.ndarray:
+    """Mean, standard deviation, minimum and maximum of each image, and the pixel size, as RELION has them."""
+    output = relion(folder, "relion_image_handler", "--i", name, "--stats")
+    found = re.findall(r"avg= (\S+) stddev= (\S+) minval= (\S+) maxval= (\S+); angpix = (\S+)", output)
+    return np.array(found, float)
+
+
 @needs_relion
-def test_relion_image_handler_reads_every_image(tmp_path):
-    images = make_images(5, 16) + np.arange(5, dtype=np.float32)[:, None, None]
-    particles.new(tmp_path / "x.star", images, np.eye(3)[None].repeat(5, 0), 2.0)
-    output = relion(tmp_path, "relion_image_handler", "--i", "x.star", "--stats")
-    lines = [line for line in output.splitlines() if "@x.mrcs" in line]
-    assert len(lines) == 5, output
-    for line, image in zip(lines, images):
-        assert f"avg= {image.mean():.4g}"[:8] in line and "angpix = 2" in line, line
+@pytest.mark.parametrize("name", ["x.mrcs", "x.star", "y.mrcs", "y.star", "z.mrcs"])
+def test_relions_statistics_of_what_new_and_write_wrote_are_numpys(tmp_path, name):
+    images = make_images(5, 16) * 3 + np.arange(5, dtype=np.float32)[:, None, None]
+    stack = ParticleStack.open(particles.new(tmp_path / "x.star", images, imaging.random_rotations(5, 0), 2.0))
+    particles.write(tmp_path / "y.star", stack.images, stack)
+    particles.write(tmp_path / "z.mrcs", stack.images, stack)
+    expected = [[image.mean(), image.std(), image.min(), image.max(), 2.0] for image in images]
+    np.testing.assert_allclose(statistics(tmp_path, name), expected, rtol=1e-5)
 
 
 @needs_data
 @needs_relion
-@pytest.mark.parametrize("name", ["relion31", "empiar_10076_7"])
+@pytest.mark.parametrize("name", ["relion31", "empiar_10076_7", "sample_particles_relion31"])
 def test_relion_reads_real_particles_that_we_wrote(tmp_path, name):
     like = ParticleStack.open(DATA / f"{name}.star")
     particles.write(tmp_path / "y.star", like.images, like)
-    output = relion(tmp_path, "relion_image_handler", "--i", "y.star", "--stats")
-    assert sum("@y.mrcs" in line for line in output.splitlines()) == len(like), output
+    found = statistics(tmp_path, "y.star")
+    np.testing.assert_allclose(found[:, 0], like.images[:].mean(axis=(1, 2)), atol=1e-5)
+    np.testing.assert_allclose(found[:, 4], like.pixel_size, rtol=1e-4)
+
+
+@needs_data
+@needs_relion
+def test_relion_reconstructs_from_a_written_star_as_from_the_original(tmp_path):
+    like = ParticleStack.open(DATA / "relion31.star")
+    particles.write(tmp_path / "y.star", like.images, like)
+    for name in ("relion31.star", "relion31.mrcs"):
+        shutil.copy(DATA / name, tmp_path)
+    maps = []
+    for name in ("relion31", "y"):
+        options = ["--ctf", "--pad", 1, "--maxres", 30]
+        relion(tmp_path, "relion_reconstruct", "--i", f"{name}.star", "--o", f"{name}.mrc", *options)
+        maps.append(mrcfile.read(tmp_path / f"{name}.mrc"))
+    assert maps[0].std() > 0
+    np.testing.assert_allclose(maps[1], maps[0], rtol=0, atol=1e-4 * maps[0].std())
+
+
+def test_a_map_is_read_with_its_voxel_size_or_the_one_that_is_given(tmp_path):
+    volume = np.random.default_rng(0).normal(size=(8, 8, 8)).astype(np.float32)
+    path = mrc.write_map(tmp_path / "map.mrc", volume, 1.34)
+    for given, expected in ((None, 1.34), (2.0, 2.0)):
+        read, voxel_size = mrc.read_map(path, given)
+        np.testing.assert_array_equal(read, volume)
+        assert voxel_size == pytest.approx(expected)
+
+
+def test_what_is_no_map_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.mrc: expected an .mrc map, got no file; check the path"):
+        mrc.read_map(tmp_path / "gone.mrc")
+    path = tmp_path / "stack.mrcs"
+    mrc.write_stack(path, np.random.default_rng(0).normal(size=(3, 8, 8)), (3, 8, 8), 1.0)
+    with pytest.raises(ValueError, match=r"stack.mrcs: expected a cubic map, got \(3, 8, 8\); is it a stack of images"):
+        mrc.read_map(path)
+    silent = mrc.write_map(tmp_path / "silent.mrc", np.ones((8, 8, 8)), 0.0)
+    with pytest.raises(ValueError, match="silent.mrc: expected a voxel size, got none in the header; give it as voxel_size"):
+        mrc.read_map(silent)
+

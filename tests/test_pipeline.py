@@ -56,13 +56,16 @@ def code_of(path: Path) -> str:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stage_depends_on_every_module_its_notebook_imports(name):
-    declared = {Path(dep).stem for dep in RUNS[name]["deps"] if dep.startswith("cryo_lib/")}
+    declared = {Path(dep).stem for dep in RUNS[name]["deps"] if dep.startswith("cryo_lib/") and dep.endswith(".py")}
     assert declared == modules_below(code_of(notebook_of(RUNS[name])))
     assert f"build/nbsrc/{notebook_of(RUNS[name]).stem}.py" in RUNS[name]["deps"]
 
 
-def test_every_notebook_has_one_stage():
-    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted((ROOT / "notebooks").glob("*.ipynb"))
+def test_every_notebook_has_one_stage_and_training_two():
+    """One for each data set."""
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    training = ROOT / "notebooks" / "03_train_networks.ipynb"
+    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -72,7 +75,9 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     words, given = RUNS[name]["cmd"].split(), {}
     for word, value in zip(words, words[1:]):
         if word == "-s":
-            given |= notebooks.section(params, value.replace("${item.study}", "table1"))
+            study = "figure4" if name == "train_particles" else "table1"
+            value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
+            given |= notebooks.section(params, value)
         elif word == "-p":
             given[value] = None
     known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
@@ -81,6 +86,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
         return
     assert set(given) == set(known)
     differing = {k for k, v in given.items() if v is not None and v != known[k]} - {"methods", "experiments", "seeds"}
+    if name == "train_particles":
+        differing -= set(params["particle_train"])
     assert not differing
 
 
@@ -123,9 +130,9 @@ def ci_run(tmp_path_factory):
     return folder
 
 
-def run_notebook(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a notebook of a copy of the repository at the ci scale."""
-    command = ["run", f"notebooks/{name}.ipynb", "out.ipynb", "-p", "scale", "ci", *arguments]
+def run_notebook(folder: Path, name: str, *arguments: str, scale: bool = True) -> subprocess.CompletedProcess:
+    """Run a notebook of a copy of the repository, at the ci scale where it has one."""
+    command = ["run", f"notebooks/{name}.ipynb", "out.ipynb", *(["-p", "scale", "ci"] if scale else []), *arguments]
     return subprocess.run(
         [sys.executable, "-m", "cryo_lib.notebooks", *command], cwd=folder, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
@@ -142,8 +149,10 @@ def test_the_ci_scale_makes_every_output(ci_run):
     for stage in STAGES.values():
         for out in stage["outs"]:
             path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
-            for study in ("table1", "clipped", "contamination", "halves"):
-                assert (ci_run / path.replace("${item.study}", study)).exists(), path
+            for study in ("figure4", "figure4_halves") if "particles" in stage["cmd"] else ("table1", "clipped", "contamination", "halves"):
+                for network in ("figure4", "halves"):
+                    made = path.replace("${item.study}", study).replace("${item.network}", network)
+                    assert (ci_run / made).exists(), made
     assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2 + 8
 
 
@@ -169,7 +178,7 @@ def test_prose_and_saved_outputs_rerun_only_the_export(ci_run):
 
 def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
     """With data, runs and cache gone, an edited figure notebook still draws its figure."""
-    folder, gone = tmp_path / "clone", ("data", "runs", "denoised", "maps", "relion")
+    folder, gone = tmp_path / "clone", ("data", "runs", "denoised", "denoised_particles", "maps", "relion")
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns(*gone, "cache", "tmp", "executed"))
     path = folder / "notebooks" / "23_draw_figure3a.ipynb"
     edited = nbformat.read(path, as_version=4)
@@ -226,6 +235,64 @@ def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_bac
 def test_without_relion_the_figures_say_so(ci_run):
     report = json.loads((ci_run / "results/ci/relion.json").read_text())
     assert report == {"ran": False, "reason": "RELION left out (run_relion: false)", "stacks": {}, "version": None}
+
+
+def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_box(ci_run):
+    """76 px stacks: the middle 64 px go through the network, rows stay, and around lies its background."""
+    stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
+    for name, study, suffixes in (("figure4", "figure4", ("", "")), ("halves", "figure4_halves", ("-half1", "-half2"))):
+        denoised = particles.ParticleStack.open(ci_run / f"denoised_particles/ci/{name}/beta_05_05_l1.star")
+        assert denoised.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))
+        for half, suffix in zip((1, 2), suffixes):
+            rows = np.flatnonzero(stack.half_sets == half)[:5]
+            folder = ci_run / f"runs/ci/{study}/beta_05_05_l1/measured-none{suffix}/seed0"
+            model, card = models.load(folder / "generator.safetensors")
+            y = imaging.standardise(stack.images[rows], 6.4, 64, 6.4) * card["background"]["sd"] + card["background"]["mean"]
+            expected = models.denoise_images(model, y.astype(np.float32))
+            np.testing.assert_allclose(denoised.images[rows][:, 6:70, 6:70], expected, atol=1e-4)
+            assert np.ptp(denoised.images[rows][:, :6], axis=(1, 2)).max() < 1e-5
+
+
+def test_no_particle_that_trained_a_network_is_tested_or_reconstructed(ci_run):
+    rows = {name: set(values) for name, values in Dataset(ci_run / "data/ci/ribosome").poses.items() if name.endswith("_rows")}
+    assert sum(map(len, rows.values())) == len(set.union(*rows.values())) == 120
+    assert len(rows["train_rows"]) == 40 and len(rows["test_rows"]) == 12
+
+
+def test_the_reference_map_comes_back_from_its_own_projections(ci_run):
+    """72 clean particles at their star file's poses and shifts: the whole chain of frames, crops and shifts is right."""
+    table = pd.read_csv(ci_run / "results/ci/particles/resolution.csv").set_index("stack")
+    assert set(table.index) == {"clean", "noisy", "figure4/beta_05_05_l1", "halves/beta_05_05_l1"}
+    assert table.loc["clean", "truth_masked 0.5"] < 20
+    assert table.loc["noisy", "truth_masked 0.5"] < 40
+
+
+def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands(ci_run, tmp_path):
+    """Stack, map and poses of one's own: notebook 10, 03 and 11 with nothing of the pipeline but the code."""
+    folder = tmp_path / "own"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "data", "runs", "denoised*", "executed"))
+    source = ci_run / "data/ci/particles"
+    for name in ("particles.star", "particles.mrcs", "map.mrc"):
+        shutil.copy(source / name, folder / f"my{Path(name).suffix}")
+    star = folder / "my.star"
+    star.write_text(star.read_text().replace("particles.mrcs", "my.mrcs"))
+    numbers = [("image_size", 32), ("pixel_size", 12.8), ("n_train", 60), ("n_val", 4), ("n_test", 4)]
+    options = [word for name, value in numbers for word in ("-p", name, str(value))]
+    pairs = ("-p", "dataset", "mine", "-p", "particles", "my.star", "-p", "map_file", "my.mrc", *options)
+    train = ["-p", "dataset", "mine", "-p", "study", "mine", "-p", "methods", "[l1_ae]", "-p", "experiments", "[measured-none]", "-p", "width", "2"]
+    checkpoint = "runs/ci/mine/l1_ae/measured-none/seed0/generator.safetensors"
+    denoise = ["-p", "particles", "my.star", "-p", "checkpoint", checkpoint, "-p", "out", "out/my.star"]
+    for name, arguments in (("10_pair_particles", pairs), ("03_train_networks", train)):
+        done = run_notebook(folder, name, *arguments)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    refused = run_notebook(folder, "11_denoise_particles", *denoise, scale=False)
+    assert "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px of 6.4 A; allow resize rescale" in refused.stderr
+    done = run_notebook(folder, "11_denoise_particles", *denoise, "-p", "resize", "rescale", scale=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
+    assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
+    shown = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(shown) == 4
 
 
 @needs_relion

@@ -14,6 +14,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from cryo_lib import imaging, mrc, particles, reconstruction
+from cryo_lib.phantom import phantom
 from cryo_lib.reconstruction import fsc, half_maps, masked_fsc, reconstruct, resolution, soft_mask
 
 RELION_MAP = Path(__file__).resolve().parents[2] / "shared/data/ribosome/clean70SRibosome_vol_65p.mrc"
@@ -333,3 +334,28 @@ def test_a_real_ribosome_goes_there_and_back():
     rotations = imaging.random_rotations(700, 0)
     again = reconstruct(imaging.project(volume, rotations), rotations)
     assert fsc(again, volume)[:27].min() > 0.99
+
+
+def test_comparing_maps_gives_their_curves_and_resolutions():
+    """Half-maps of a known volume with independent noise: every number is that of the function that makes it."""
+    volume = imaging.density(phantom(2, 20.0, 0)[0], 32, 6.4, 13.0)
+    first, second = volume + 0.3 * volume.std() * np.random.default_rng(0).normal(size=(2, *volume.shape)).astype(np.float32)
+    mask = reconstruction.soft_mask(volume, 0.15 * volume.max())
+    curves, table = reconstruction.compare({"a": (first, second, (first + second) / 2), "b": (volume,) * 3}, volume, mask, 6.4)
+    assert list(curves["stack"].unique()) == list(table.index) == ["a", "b"] and len(curves) == 34
+    rows = curves[curves["stack"] == "a"]
+    np.testing.assert_array_equal(rows["halves"], reconstruction.fsc(first, second))
+    np.testing.assert_array_equal(rows["truth"], reconstruction.fsc((first + second) / 2, volume))
+    np.testing.assert_allclose(rows["frequency"], np.arange(17) / 204.8)
+    assert table.loc["a", "halves 0.143"] == reconstruction.resolution(rows["halves"], pixel_size=6.4)
+    np.testing.assert_allclose(table.loc["b"], 12.8)
+
+
+def test_a_shown_map_is_eight_bit_and_as_smooth_as_its_resolution():
+    volume = np.random.default_rng(0).random((32, 32, 32))
+    smooth = reconstruction.low_pass(volume, 20.0, 4.0)
+    shown = reconstruction.shown(volume, 20.0, 4.0)
+    assert shown.dtype == np.uint8 and shown.max() == 255
+    np.testing.assert_allclose(shown / 255, np.clip(smooth / smooth.max(), 0, 1), atol=1 / 509)
+    np.testing.assert_array_equal(reconstruction.shown(volume, np.inf, 4.0), reconstruction.shown(volume, 32.0, 4.0))
+

@@ -9,8 +9,9 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
+import starfile
 
-from cryo_lib import imaging, particles, relion
+from cryo_lib import imaging, particles, reconstruction, relion
 from cryo_lib.mrc import write_map
 from cryo_lib.particles import ParticleStack
 from cryo_lib.phantom import phantom
@@ -58,6 +59,17 @@ def simulated(tmp_path_factory) -> Simulated:
     for name, images in (("clean", x), ("noisy", imaging.add_noise(x, 1.0, 2))):
         stars.append(particles.new(folder / f"{name}.star", images, rotations, PIXEL, columns={"rlnClassNumber": 1}))
     return Simulated(volume, rotations, *stars, write_map(folder / "reference.mrc", low_passed(volume, 40.0), PIXEL))
+
+
+@pytest.fixture(scope="module")
+def with_ctf(simulated) -> Path:
+    """The clean images through the CTF of defocus values that leave no frequency unseen."""
+    clean, star = ParticleStack.open(simulated.clean), simulated.clean.with_name("with_ctf.star")
+    defocus = np.random.default_rng(3).uniform(8000, 30000, N)
+    columns = {"rlnDefocusU": defocus, "rlnDefocusV": defocus - 500, "rlnDefocusAngle": 30.0, "rlnPhaseShift": 10.0}
+    particles.new(star, clean.images, simulated.rotations, PIXEL, columns=columns)
+    seen = imaging.apply_ctf(clean.images[:], ParticleStack.open(star).ctf, PIXEL)
+    return particles.new(star, seen, simulated.rotations, PIXEL, columns=columns)
 
 
 # ---- without RELION ----------------------------------------------------------------------------------------
@@ -121,10 +133,33 @@ def test_prepare_refuses_what_relion_would_take_silently(simulated, tmp_path):
     dark = particles.new(tmp_path / "dark.star", -images, simulated.rotations, PIXEL)
     with pytest.raises(ValueError, match="expected bright protein.*got dark; multiply"):
         relion.prepare(dark, tmp_path / "a", DIAMETER)
-    columns = {"rlnDefocusU": 1e4, "rlnDefocusV": 1e4, "rlnDefocusAngle": 0.0}
-    star = particles.new(tmp_path / "ctf.star", images, simulated.rotations, PIXEL, columns=columns)
-    with pytest.raises(ValueError, match="expected images without CTF, got rlnDefocusU"):
-        relion.prepare(star, tmp_path / "a", DIAMETER)
+
+
+def test_ctf_is_the_callers_choice(simulated, with_ctf, tmp_path):
+    for call in (
+        lambda star, ctf: relion.prepare(star, tmp_path, DIAMETER, ctf=ctf),
+        lambda star, ctf: relion.reconstruct(star, tmp_path / "map.mrc", ctf=ctf),
+    ):
+        choice = r"with_ctf\.star: expected a choice of ctf .*, got None; pass ctf=True where .*or ctf=False where"
+        with pytest.raises(ValueError, match=choice):
+            call(with_ctf, None)
+        with pytest.raises(ValueError, match=r"noisy\.star: expected rlnDefocusU, .* for ctf=True, got no such"):
+            call(simulated.noisy, True)
+        with pytest.raises(ValueError, match="ctf: expected one of None, True, False, got 'false'"):
+            call(with_ctf, "false")
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_keeps_the_ctf_or_drops_it(with_ctf, tmp_path):
+    names = ["rlnImageName", "rlnOpticsGroup"]
+    assert list(ParticleStack.open(relion.prepare(with_ctf, tmp_path, DIAMETER, ctf=False)).table) == names
+    first = ParticleStack.open(relion.select(tmp_path, tmp_path / relion.PARTICLES, range(9)))
+    assert first.ctf is None
+    stack = ParticleStack.open(relion.prepare(with_ctf, tmp_path, DIAMETER, ctf=True))
+    np.testing.assert_allclose(stack.ctf, ParticleStack.open(with_ctf).ctf, atol=1e-5)
+    assert list(stack.table)[:2] == names and stack.poses is None and stack.half_sets is None
+    again = ParticleStack.open(relion.select(tmp_path, stack.path, range(9)))  # the other choice makes it anew
+    np.testing.assert_allclose(again.ctf, stack.ctf[:9])
 
 
 def test_steps_refuse_poses_large_particles_and_maps_of_another_frame(simulated, tmp_path):
@@ -249,4 +284,44 @@ def test_the_whole_procedure_from_clean_images_alone(simulated, tmp_path):
     steps = ["prepare", "initial_model", "classify", "auto_refine", "auto_refine_join", "mask_create", "post_process"]
     assert list(relion.commands(tmp_path)) == steps
     assert not any(" --ctf" in command for command in relion.commands(tmp_path).values())
-    assert not any(str(tmp_path.parent) in command for command in relion.commands(tmp_path).values())  # paths are relative
+    # paths are relative
+    assert not any(str(tmp_path.parent) in command for command in relion.commands(tmp_path).values())
+
+
+@needs_relion
+def test_reconstruct_corrects_the_ctf_or_not_as_told(simulated, with_ctf, tmp_path):
+    """Both ways RELION's map is ours; it is the truth where the choice is right."""
+    clean = ParticleStack.open(simulated.clean).images
+    denoised = particles.write(tmp_path / "denoised.star", clean, ParticleStack.open(with_ctf))
+    for star, ctf, right in ((with_ctf, True, True), (with_ctf, False, False), (denoised, False, True)):
+        stack, out = ParticleStack.open(star), tmp_path / f"{star.stem}_{ctf}.mrc"
+        theirs = low_passed(read_map(relion.reconstruct(star, out, ctf=ctf)), 16.0)
+        options = {"ctf": stack.ctf, "iterations": 20} if ctf else {}
+        ours = reconstruction.reconstruct(stack.images, stack.poses, pixel_size=PIXEL, **options)
+        assert correlation(theirs, low_passed(ours, 16.0)) > 0.99
+        assert (correlation(theirs, low_passed(simulated.volume, 16.0)) > 0.98) == right
+        command = relion.commands(star.parent)[f"reconstruct_{out.stem}"]
+        assert command.split().count("--ctf") == ctf
+
+
+@needs_relion
+@pytest.mark.parametrize("ctf", [True, False])
+def test_refinements_correct_the_ctf_or_not_as_prepare_was_told(simulated, with_ctf, tmp_path, ctf):
+    star = relion.prepare(with_ctf, tmp_path, DIAMETER, ctf=ctf)
+    star = relion.select(tmp_path, star, range(40))
+    options = {"healpix_order": 1, "offset_range": 2.0}
+    relion.classify(tmp_path, star, simulated.reference, DIAMETER, classes=1, iterations=1, oversampling=0, **options)
+    if ctf:
+        sgd = {"iterations": (1, 1, 1), "resolutions": (50.0, 50.0), "subsets": (40, 40), "oversampling": 0}
+        relion.initial_model(tmp_path, star, DIAMETER, **sgd, **options)
+        relion.auto_refine(tmp_path, star, simulated.reference, DIAMETER, max_iterations=1, **options)
+    commands = relion.commands(tmp_path)
+    for step in {"classify", "initial_model", "auto_refine"} & set(commands):
+        words = commands[step].split()
+        assert words.count("--ctf") == ctf and (not ctf or words[words.index("--ctf") + 1].startswith("--"))
+        assert ("--ctf_corrected_ref" in words) == (ctf and step != "initial_model")
+    optimisers = list(tmp_path.glob("*/*_optimiser.star"))
+    assert any(path.name.startswith("joined") for path in optimisers) == ctf  # --continue remembers it
+    for path in optimisers:
+        general = starfile.read(path, always_dict=True)["optimiser_general"]
+        assert general["rlnDoCorrectCtf"] == ctf and general["rlnRefsAreCtfCorrected"] == ctf, path

@@ -87,3 +87,35 @@ def test_clean_images_tell_conformations_apart_and_no_denoiser_beats_the_noisy_i
     ceiling = table.loc["noisy", "known_pose"]
     others = table["known_pose"].drop(["clean", "noisy"])
     assert (others < ceiling + 2 * np.sqrt(ceiling * (1 - ceiling) / n_test)).all()
+
+
+@pytest.fixture(scope="module")
+def particles():
+    return pd.read_csv(RESULTS / "particles" / "per_image_mse.csv").set_index("image")
+
+
+def test_every_run_on_particles_is_there_and_no_other(particles):
+    params = read_scale(ROOT / "scales" / "laptop.yaml")
+    expected = {run.folder.as_posix() for name in params["particle_studies"] for run in expand(params["study"][name])}
+    assert {name for name in particles if "/seed" in name} == expected and len(particles) == params["pairs"]["n_test"]
+
+
+def test_every_network_has_learnt_more_than_the_average_particle(particles):
+    """Image by image, most methods beat the one picture that is best for all; all beat the noisy input."""
+    average, noisy = particles["average/measured-none"], particles["noisy/measured-none"]
+    for name in [name for name in particles if "/measured-none/seed" in name]:
+        assert (particles[name] < noisy).mean() > 0.95, name
+    for method in ("l1_ae", "l2_ae", "beta_1_1_l1", "wgan_gp_l1"):
+        for seed in (0, 1):
+            better = particles[f"{method}/measured-none/seed{seed}"]
+            assert stats.wilcoxon(better, average, alternative="less").pvalue < 1e-6, (method, seed)
+
+
+def test_particles_at_their_poses_give_the_map_back_and_denoised_ones_stop_at_the_first_ctf_zero():
+    """At the mean defocus of 2 um and 300 kV it lies at sqrt(lambda z) = 20 A; what passes there has turned its contrast."""
+    resolution = pd.read_csv(RESULTS / "particles" / "resolution.csv").set_index("stack")
+    nyquist = 2 * read_scale(ROOT / "scales" / "laptop.yaml")["pairs"]["pixel_size"]
+    assert resolution.loc["clean"].to_numpy() == pytest.approx(nyquist, rel=1e-3)
+    assert resolution.loc["noisy", "truth_masked 0.5"] < 1.1 * nyquist
+    for stack in ("figure4/beta_05_05_l1", "halves/beta_05_05_l1"):
+        assert 19 < resolution.loc[stack, "truth_masked 0.5"] < 30
