@@ -151,5 +151,7 @@ def read_map(path: str | Path, voxel_size: float | None = None) -> tuple[np.ndar
 def write_map(path: str | Path, volume: np.ndarray, pixel_size: float) -> Path:
     """Write a volume `(n, n, n)`, [z, y, x], as an MRC map with its voxel size in A, atomically; return the path."""
     with atomic(path) as temporary:
-        mrcfile.write(temporary, np.asarray(volume, np.float32), overwrite=True, voxel_size=pixel_size)
+        with mrcfile.new(temporary, np.asarray(volume, np.float32), overwrite=True) as file:
+            file.voxel_size = pixel_size
+            file.header.label[0] = "Created by cryo_lib"  # mrcfile's label holds the time: no two files would be the same
     return Path(path)

@@ -75,9 +75,8 @@ class Pairs:
         poses = self.stack.poses
         return imaging.rescale(imaging.project(volume, poses.rotations[rows], poses.shifts[rows] / self.pixel_size))
 
-    def _seen(self, volume: np.ndarray, rows: Any) -> np.ndarray:
-        """Projections with the CTF of their images, where these have one."""
-        x = self._projections(volume, rows)
+    def _with_ctf(self, x: np.ndarray, rows: Any) -> np.ndarray:
+        """Projections through the CTF of their images, where these have one."""
         return x if self.stack.ctf is None else imaging.apply_ctf(x, self.stack.ctf.iloc[rows], self.pixel_size)
 
     def agreement(self, rows: Any) -> Agreement:
@@ -91,8 +90,9 @@ class Pairs:
         """
         if len(rows) < 20:
             raise ValueError(f"rows: expected at least 20 to compare images with references, got {len(rows)}; give more")
-        y, x = self.noisy(rows), self._seen(self.volume, rows)
-        level = float(imaging.background(self.clean(rows))[0].mean())
+        y, x = self.noisy(rows), self.clean(rows)
+        level = float(imaging.background(x)[0].mean())
+        x = self._with_ctf(x, rows)
         own, others = _correlation(x, y), _correlation(np.roll(x, 1, axis=0), y)
         x, y = _centred(x), _centred(y)
         gain = np.vdot(x, y) / np.vdot(x, x)
@@ -106,14 +106,15 @@ class Pairs:
                 f"and {others.mean():.4f}, {len(rows)} images); is it the map of this refinement, of the same hand, frame, "
                 "contrast and voxel size?"
             )
-        self._require_placed(rows[:100])
+        self._require_placed(rows[:100], y[:100], own[:100])
         return Agreement(*map(float, (gain, level, snr, own.mean(), others.mean(), excess)))
 
-    def _require_placed(self, rows: Any) -> None:
-        """ValueError where the map, placed or scaled in one of many other ways, agrees better with the images."""
-        y = self.noisy(rows)
-        own = _correlation(self._seen(self.volume, rows), y)
-        others = {how: _correlation(self._seen(other, rows), y) for how, other in self._alternatives()}
+    def _require_placed(self, rows: Any, y: np.ndarray, own: np.ndarray) -> None:
+        """ValueError where the map, placed or scaled in one of many other ways, agrees better with the images `y`."""
+        others = {
+            how: _correlation(self._with_ctf(self._projections(other, rows), rows), y)
+            for how, other in self._alternatives()
+        }
         how = max(others, key=lambda how: others[how].mean())
         better = _standard_errors(others[how] - own)
         if better > ENOUGH:

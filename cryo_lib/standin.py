@@ -9,7 +9,6 @@ made by `python -m cryo_lib.standin mmcif_6zu5.cif` from the copy of that entry 
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,10 +153,9 @@ def make(
 
 def _write_model(structure: str) -> None:
     centres, electrons = coarse(gemmi.read_structure(structure))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, centres=np.round(10 * centres).astype(np.int16), electrons=np.round(electrons).astype(np.uint8))
+    stored = {"centres": np.round(10 * centres).astype(np.int16), "electrons": np.round(electrons).astype(np.uint8)}
     with atomic(MODEL) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        np.savez_compressed(temporary, **stored)
 
 
 if __name__ == "__main__":

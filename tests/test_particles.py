@@ -938,6 +938,13 @@ def test_a_map_is_read_with_its_voxel_size_or_the_one_that_is_given(tmp_path):
         assert voxel_size == pytest.approx(expected)
 
 
+def test_a_map_holds_no_time(tmp_path):
+    """The same volume gives the same bytes, whenever it is written: mrcfile's own label is dated."""
+    path = mrc.write_map(tmp_path / "map.mrc", np.ones((8, 8, 8)), 1.34)
+    with mrcfile.open(path) as file:
+        assert file.get_labels() == ["Created by cryo_lib"] and file.voxel_size.x == pytest.approx(1.34)
+
+
 def test_what_is_no_map_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.mrc: expected an .mrc map, got no file; check the path"):
         mrc.read_map(tmp_path / "gone.mrc")
