@@ -19,7 +19,7 @@ from cryo_lib.losses import METHODS
 SPLITS = ("train", "val", "test")
 MEASURED = "measured"  # the protocol of images that are noisy as they were taken
 KEYS = {
-    "scale", "structure", "data", "baselines", "studies", "study", "train",
+    "scale", "structure", "data", "baselines", "studies", "supplement_studies", "study", "train",
     "export", "reconstruct", "relion", "assign",
     "particles", "pairs", "particle_studies", "particle_train", "denoise",
 }  # fmt: skip
@@ -37,7 +37,8 @@ class Experiment:
     protocol : "awgn" (Eq. 1 as printed), "clipped" (the noisy image clipped to [0, 1], as the authors' scripts), or
         "measured" (the noisy images of the data set itself).
     snr : Var(signal) / Var(noise) of each image, > 0; None for measured images.
-    kind, eps : contamination "A", "B" or "C" of the fraction `eps` of the training pairs, Eq. (2); "none" and 0 without.
+    kind, eps : contamination of the fraction `eps` of the training pairs, Eq. (2), a key of `contamination.KINDS` or
+        `contamination.HARDER`; "none" and 0 without. Those of `contamination.PROJECTED` need simulated images.
     half : 1 or 2, every other training pair from the first or the second on; 0, all of them.
     """
 
@@ -53,7 +54,9 @@ class Experiment:
             checks.number("snr", self.snr, above=0)
         elif self.snr is not None:
             raise ValueError(f"snr: expected None, since {MEASURED} images have their own noise, got {self.snr}")
-        checks.choice("contamination", self.kind, ("none", *contamination.KINDS))
+        checks.choice("contamination", self.kind, ("none", *contamination.KINDS, *contamination.HARDER))
+        if self.protocol == MEASURED and self.kind in contamination.PROJECTED:
+            raise ValueError(f"contamination: {self.kind} projects references anew, which {MEASURED} images do not allow; use simulated ones")
         checks.number("eps", self.eps, low=0, high=1)
         checks.choice("half", self.half, (0, 1, 2))
 
@@ -130,8 +133,13 @@ class Dataset:
         else:
             seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
             y = imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
-        kept = slice(experiment.half - 1, None, 2) if experiment.half and split == "train" else slice(None)
+        kept = _kept(split, experiment)
         return x[kept], y[kept]
+
+    def views(self, split: str, experiment: Experiment) -> contamination.Views:
+        """What the references of `pairs(split, experiment)` were projected from; simulated images only."""
+        poses, kept = self.poses, _kept(split, experiment)
+        return contamination.Views(self.volumes, poses[f"{split}_rotations"][kept], poses[f"{split}_conformations"][kept])
 
     def _file(self, name: str) -> Path:
         path = Path(self.folder, name)
@@ -143,23 +151,34 @@ class Dataset:
         return path
 
 
+def _kept(split: str, experiment: Experiment) -> slice:
+    """Which images of a split the experiment takes: of the training split, the half that it asks for."""
+    return slice(experiment.half - 1, None, 2) if experiment.half and split == "train" else slice(None)
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training: a method on an experiment with a seed (initial weights, minibatch order, choice of contaminated pairs)."""
+    """One training: a method on an experiment with a seed (initial weights, minibatch order, choice of contaminated pairs).
+
+    `variant` names the changes of settings that the study makes for it; "" where it makes none.
+    """
 
     method: str
     experiment: str
     seed: int
+    variant: str = ""
 
     def __post_init__(self) -> None:
         checks.choice("method", self.method, METHODS)
         Experiment.parse(self.experiment)
         checks.integer("seed", self.seed, low=0)
+        if not re.fullmatch("[a-z0-9_.]*", str(self.variant)) or str(self.variant).startswith((".", "seed")):
+            raise ValueError(f"variant: expected a name of a-z, 0-9, _ and dots, not like seed0, got {self.variant!r}; it names a folder")
 
     @property
     def folder(self) -> Path:
-        """Where the run's outputs lie below its study's folder."""
-        return Path(self.method, self.experiment, f"seed{self.seed}")
+        """Where the run's outputs lie below its study's folder: method/experiment/variant/seed, without the variant "" ."""
+        return Path(self.method, self.experiment, self.variant, f"seed{self.seed}")
 
 
 def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dict[Path, Run]:
@@ -172,15 +191,19 @@ def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dic
 
 
 def expand(study: dict[str, Any]) -> list[Run]:
-    """The runs of a study `{methods, experiments, seeds}`, seeds outermost, so that a first result of everything comes early."""
-    if set(study) != {"methods", "experiments", "seeds"}:
-        raise ValueError(f"study: expected the keys methods, experiments and seeds, got {', '.join(sorted(study))}")
+    """The runs of a study `{methods, experiments, seeds, variants}`, seeds outermost: a first result of everything comes early.
+
+    `variants` maps names to changes of the training settings; `{}` is one run as the settings are.
+    """
+    if set(study) != {"methods", "experiments", "seeds", "variants"}:
+        raise ValueError(f"study: expected the keys methods, experiments, seeds and variants, got {', '.join(sorted(study))}")
     for name, values in study.items():
         if len(set(values)) != len(values):
             raise ValueError(f"study: {name} are listed twice, got {values}")
     return [
-        Run(method, experiment, seed)
+        Run(method, experiment, seed, variant)
         for seed in study["seeds"]
+        for variant in study["variants"] or [""]
         for experiment in study["experiments"]
         for method in study["methods"]
     ]
@@ -203,9 +226,9 @@ def read_scale(path: str | Path) -> dict[str, Any]:
     try:
         if wrong := sorted(KEYS ^ set(params)):
             raise ValueError(f"expected the sections {', '.join(sorted(KEYS))}; missing or unknown: {', '.join(wrong)}")
-        listed = params["studies"] + params["particle_studies"]
+        listed = params["studies"] + params["supplement_studies"] + params["particle_studies"]
         if listed != list(params["study"]):
-            raise ValueError(f"studies and particle_studies list {listed}, expected the entries of study: {list(params['study'])}")
+            raise ValueError(f"the lists of studies hold {listed}, expected the entries of study: {list(params['study'])}")
         for name, study in params["study"].items():
             of_particles = name in params["particle_studies"]
             for run in expand(study):
@@ -238,8 +261,8 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
 
 
 def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Dotted names of the keys that only one of two nested dictionaries has (lists and values are not compared)."""
-    if not (isinstance(a, dict) and isinstance(b, dict)):
+    """Dotted names of the keys that only one of two nested dictionaries has; lists, values and what `variants` holds may differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)) or where.endswith(".variants."):
         return
     for key in sorted(set(a) ^ set(b)):
         yield f"{where}{key}"

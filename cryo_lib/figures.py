@@ -33,8 +33,16 @@ COLOURS = {  # Okabe-Ito and Tol, distinguishable without colour vision in print
     "wgan_gp_l1": "#e69f00",
     "beta_1_1_l1": "#cc79a7",
     "beta_05_05_l1": "#d55e00",
+    "beta_m05_m05_l1": "#332288",
+    "beta_m1_m1_l1": "#882255",
+    "beta_1_m1_l1": "#999933",
+    "beta_05_m05_l1": "#117733",
+    "beta_01_m01_l1": "#ccae51",
 }
-MARKERS = {"l2_ae": "s", "l1_ae": "o", "js_l1": "v", "wgan_gp_l1": "^", "beta_1_1_l1": "P", "beta_05_05_l1": "D"}
+MARKERS = {
+    "l2_ae": "s", "l1_ae": "o", "js_l1": "v", "wgan_gp_l1": "^", "beta_1_1_l1": "P", "beta_05_05_l1": "D",
+    "beta_m05_m05_l1": "<", "beta_m1_m1_l1": ">", "beta_1_m1_l1": "X", "beta_05_m05_l1": "p", "beta_01_m01_l1": "h",
+}  # fmt: skip
 WIDTH = 7.0  # inches, two journal columns
 
 

@@ -104,8 +104,11 @@ def random_rotations(n: int, seed: Any) -> np.ndarray:
 
 
 def jittered(rotation: Any, n: int, degrees: float, seed: Any) -> np.ndarray:
-    """Return `(n, 3, 3)` rotations near `rotation`, `(3, 3)`: turned about each image axis by angles of sd `degrees`."""
-    (rotation,) = as_rotations(np.asarray(rotation)[None])
+    """Return `(n, 3, 3)` rotations near `rotation`: turned about each image axis by angles of sd `degrees`.
+
+    `rotation` is `(3, 3)`, near which all lie, or `(n, 3, 3)`, one each.
+    """
+    rotation = as_rotations(rotation if np.ndim(rotation) == 3 else np.asarray(rotation)[None])
     sd = np.deg2rad(checks.number("degrees", degrees, low=0))
     turns = np.random.default_rng(seed).normal(0.0, 1.0, (checks.integer("n", n, low=1), 3))
     return rotation @ Rotation.from_rotvec(sd * turns).as_matrix()
@@ -502,7 +505,7 @@ def random_views(n_images: int, n_volumes: int, seed: int) -> tuple[np.ndarray, 
 
 
 def views(
-    volumes: Sequence[Any], rotations: Any, shown: Any, *, batch: int = 128, threads: int | None = None
+    volumes: Sequence[Any], rotations: Any, shown: Any, shifts: Any = None, *, batch: int = 128, threads: int | None = None
 ) -> np.ndarray:
     """Return clean projections, each of one of several volumes and rescaled to [0, 1], `(m, n, n)` float32.
 
@@ -511,7 +514,7 @@ def views(
     volumes : each `(n, n, n)`.
     rotations : `(m, 3, 3)`, image axes to volume axes.
     shown : `(m,)`, index into `volumes`.
-    batch, threads : see `project`.
+    shifts, batch, threads : see `project`.
 
     Raises
     ------
@@ -525,7 +528,8 @@ def views(
     images = np.empty((len(rotations), *volumes[0].shape[1:]), np.float32)
     for index in np.unique(shown):
         chosen = shown == index
-        images[chosen] = rescale(project(volumes[index], rotations[chosen], batch=batch, threads=threads))
+        moved = None if shifts is None else np.asarray(shifts)[chosen]
+        images[chosen] = rescale(project(volumes[index], rotations[chosen], moved, batch=batch, threads=threads))
     return images
 
 

@@ -155,4 +155,9 @@ METHODS = {
     "wgan_gp_l1": Method("WGANgp + ℓ1", "wgan_gp", 1),
     "beta_1_1_l1": Method("(1,1)-GAN + ℓ1", "beta", 1, 1.0, 1.0),
     "beta_05_05_l1": Method("(.5,.5)-GAN + ℓ1", "beta", 1, 0.5, 0.5),
+    "beta_m05_m05_l1": Method("(−.5,−.5)-GAN + ℓ1", "beta", 1, -0.5, -0.5),
+    "beta_m1_m1_l1": Method("(−1,−1)-GAN + ℓ1", "beta", 1, -1.0, -1.0),
+    "beta_1_m1_l1": Method("(1,−1)-GAN + ℓ1", "beta", 1, 1.0, -1.0),
+    "beta_05_m05_l1": Method("(.5,−.5)-GAN + ℓ1", "beta", 1, 0.5, -0.5),
+    "beta_01_m01_l1": Method("(.1,−.1)-GAN + ℓ1", "beta", 1, 0.1, -0.1),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cryo_lib import checks
+from cryo_lib import checks, pggan
 from cryo_lib.files import atomic, write_json
 
 
@@ -126,7 +127,7 @@ class ResNetGenerator(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Noisy images `(n, 1, h, w)` to denoised images of the same shape, in (-1, 1)."""
-        _check_size(y, self.image_size)
+        checks.batch("images", y, self.image_size)
         skips = []
         for level in self.down:
             y, before_relu = level(y)
@@ -176,7 +177,7 @@ class ResNetDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`; `DeepDiscriminator`'s are 3 fewer a side."""
-        _check_size(x, self.image_size)
+        checks.batch("images", x, self.image_size)
         for level in self.down:
             x, _ = level(x)
         return self.last(x)
@@ -202,16 +203,54 @@ def _pairs(*channels: int) -> list[tuple[int, int]]:
     return list(zip(channels[:-1], channels[1:]))
 
 
-def _check_size(images: Tensor, size: int) -> None:
-    if images.ndim != 4 or images.shape[1:] != (1, size, size):
-        raise ValueError(
-            f"images: expected shape (n, 1, {size}, {size}), got {tuple(images.shape)}; this network was built for "
-            f"{size} px: crop or rescale the images, or build one for their size"
-        )
+class ConvGenerator(nn.Module):
+    """The convolutional network without residual blocks and without skips: a plain denoising autoencoder.
+
+    Four stride-2 4x4 convolutions of 1, 2, 4 and 8 times `width` channels and four transposed ones back, batch norm and
+    ReLU after each but the last, which tanh follows (Radford et al. 2016). `image_size` a multiple of 16.
+    """
+
+    multiples = 1, 2, 4, 8
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.image_size = checks.integer("image_size", image_size, low=16, multiple_of=16)
+        channels = [1, *(multiple * checks.integer("width", width, low=1) for multiple in self.multiples)]
+        steps = [_down(i, o) for i, o in _pairs(*channels)] + [_up(i, o) for i, o in _pairs(*channels[::-1])]
+        layers = [layer for step in steps[:-1] for layer in (step, nn.BatchNorm2d(step.out_channels), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, steps[-1], nn.Tanh())
+        self.apply(_initialise)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Noisy images `(n, 1, h, w)` to denoised images of the same shape, in (-1, 1)."""
+        checks.batch("images", y, self.image_size)
+        return self.layers(y)
 
 
-GENERATORS = {"resnet": ResNetGenerator, "resnet256": DeepGenerator}
-DISCRIMINATORS = {"resnet": ResNetDiscriminator, "resnet256": DeepDiscriminator}
+class ConvDiscriminator(nn.Module):
+    """The discriminator beside `ConvGenerator`: the same four levels with leaky ReLU (0.01), then a valid 4x4 convolution.
+
+    5x5 patch scores for 128 px. Where the last map is smaller than 4x4 (48 px and less) the convolution covers all of it.
+    """
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.image_size = checks.integer("image_size", image_size, low=16, multiple_of=16)
+        channels = [1, *(multiple * checks.integer("width", width, low=1) for multiple in ConvGenerator.multiples)]
+        layers = [layer for i, o in _pairs(*channels) for layer in (_down(i, o), nn.LeakyReLU(0.01))]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, min(4, image_size // 16)))
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(n, 1, h, w)` to logits `(n, 1, h/16 - 3, w/16 - 3)`, at least one."""
+        checks.batch("images", x, self.image_size)
+        return self.layers(x)
+
+
+GENERATORS = {"resnet": ResNetGenerator, "resnet256": DeepGenerator, "conv": ConvGenerator, "pggan": pggan.Generator}
+DISCRIMINATORS = {
+    "resnet": ResNetDiscriminator, "resnet256": DeepDiscriminator, "conv": ConvDiscriminator, "pggan": pggan.Discriminator
+}  # fmt: skip
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -243,12 +282,16 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 @torch.no_grad()
-def denoise_images(model: torch.nn.Module, y: Any, batch_size: int = 100) -> np.ndarray:
-    """`G(y)` of images `(n, h, w)` in batches, in eval mode (batch norm's running statistics), as float32 numpy."""
+def denoise_images(model: torch.nn.Module, y: Any, batch_size: int = 100, batch_statistics: bool = False) -> np.ndarray:
+    """`G(y)` of images `(n, h, w)` in batches, as float32 numpy; the model is left as it was.
+
+    In eval mode, with batch norm's stored statistics; or with `batch_statistics` those of each batch, as the authors'
+    scripts do, so that an image's result depends on its batch.
+    """
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
-    out = [model(batch.unsqueeze(1).to(device)).squeeze(1).cpu() for batch in torch.as_tensor(y).split(batch_size)]
+    chosen = copy.deepcopy(model).train() if batch_statistics else model.eval()
+    out = [chosen(batch.unsqueeze(1).to(device)).squeeze(1).cpu() for batch in torch.as_tensor(y).split(batch_size)]
     model.train(was_training)
     return torch.cat(out).numpy()
 

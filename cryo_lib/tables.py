@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,18 @@ def write_per_image(folder: str | Path, rows: pd.DataFrame) -> list[Path]:
     ]
 
 
-def over_images(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the test images of each run: rows `method, experiment, seed, n_images, mse, psnr, ssim`."""
-    grouped = rows.groupby(KEYS, sort=False)
+def over_images(rows: pd.DataFrame, keys: Sequence[str] = KEYS) -> pd.DataFrame:
+    """Mean over the test images of each run, which `keys` name: rows `method, experiment, seed, mse, psnr, ssim, n_images`."""
+    grouped = rows.groupby(list(keys), sort=False)
     return grouped[list(METRICS)].mean().reset_index().assign(n_images=grouped.size().to_numpy())
 
 
-def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, n_seeds, mse, mse_sd, ...`; sd is NaN for n = 1."""
-    grouped = runs.groupby(KEYS[:2], sort=False)
+def over_seeds(runs: pd.DataFrame, keys: Sequence[str] = KEYS[:2]) -> pd.DataFrame:
+    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, mse, mse_sd, ..., n_seeds`; sd is NaN for n = 1.
+
+    `keys` are those of a run but its seed.
+    """
+    grouped = runs.groupby(list(keys), sort=False)
     means, sds = grouped[list(METRICS)].mean(), grouped[list(METRICS)].std().add_suffix("_sd")
     return means.join(sds).assign(n_seeds=grouped.size()).reset_index()
 

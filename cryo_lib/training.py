@@ -8,18 +8,19 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cryo_lib import checks, contamination, experiments, imaging, losses, metrics, models
+from cryo_lib import checks, contamination, experiments, imaging, losses, metrics, models, pggan
 from cryo_lib.experiments import Dataset, Experiment, Run
 from cryo_lib.files import atomic, write_text
 
@@ -40,9 +41,12 @@ class Settings:
     decay : share of the training, at its end, over which the learning rates fall linearly to 0; 0 is the paper's, constant.
     lam : weight of the reconstruction loss. mu : weight of WGAN's gradient penalty.
     reconstruction_reduction, adversarial_reduction : "mean" or "sum" over an image's pixels, and over its patch scores.
-    noise, unit, redraw : of the contamination (see `contamination.contaminate`); redraw gives fresh noise every epoch.
+    noise, unit, redraw, jitter_degrees, jitter_pixels : of the contamination (see `contamination.contaminate`); redraw gives
+        fresh noise every epoch.
     log_every : iterations between two lines of metrics and checkpoints.
     calibration : noisy images that batch norm's statistics are taken from before each evaluation; 0 keeps its moving averages.
+    on_failure : "stop" raises `TrainingError`; "record" is for experiments on where training breaks: a collapsed generator
+        is trained on, and a loss that is not finite ends the run at its last finite state, which the card tells.
     """
 
     architecture: str = "resnet"
@@ -63,8 +67,11 @@ class Settings:
     noise: str = "gaussian"
     unit: str = "sample"
     redraw: bool = False
+    jitter_degrees: float = 10.0
+    jitter_pixels: float = 1.0
     log_every: int = 250
     calibration: int = 200
+    on_failure: str = "stop"
 
     def __post_init__(self) -> None:
         checks.choice("architecture", self.architecture, models.GENERATORS)
@@ -74,7 +81,7 @@ class Settings:
             checks.number(name, getattr(self, name), above=0)
         checks.integer("calibration", self.calibration, low=0)
         checks.number("decay", self.decay, low=0, high=1)
-        for name in ("lam", "mu"):
+        for name in ("lam", "mu", "jitter_degrees", "jitter_pixels"):
             checks.number(name, getattr(self, name), low=0)
         for name in ("beta1", "beta2"):
             checks.number(name, getattr(self, name), low=0, high=0.999999)
@@ -83,6 +90,7 @@ class Settings:
         checks.choice("noise", self.noise, contamination.NOISES)
         checks.choice("unit", self.unit, contamination.UNITS)
         checks.choice("redraw", self.redraw, (False, True))
+        checks.choice("on_failure", self.on_failure, ("stop", "record"))
 
 
 class TrainingError(RuntimeError):
@@ -150,6 +158,7 @@ class Trainer:
         """One iteration of Algorithm 1 on a minibatch; the losses of its last updates, on the device."""
         s, out = self.settings, {}
         self._set_rates()
+        x = self._grow(x)
         x_hat = self.generator(y)
         if self.discriminator is not None:
             # G does not change during the k_d updates, so one G(y) serves them and the first update of G.
@@ -176,6 +185,15 @@ class Trainer:
             rates.append((self.optimise_d, self.settings.eta_d))
         for optimiser, rate in rates:
             optimiser.param_groups[0]["lr"] = share * rate
+
+    def _grow(self, x: Tensor) -> Tensor:
+        """Tell networks that grow how far the training is; the references as these networks see them, others as they are."""
+        if not isinstance(self.generator, pggan.Growing):
+            return x
+        progress = self.iteration / self.iterations
+        for network in filter(None, (self.generator, self.discriminator)):
+            network.progress = progress
+        return pggan.seen(x, progress)
 
     def _adversarial(self, x_hat: Tensor) -> Tensor:
         scores = self.method.fake(self.discriminator(x_hat))
@@ -245,7 +263,8 @@ class Trainer:
                 f"{', '.join(bad)} not finite at {at}; lower eta_g ({self.settings.eta_g:g}) or eta_d ({self.settings.eta_d:g}), "
                 f"or check lam ({self.settings.lam:g}) and the reductions"
             )
-        if validation["spread"] < 0.01 and self.iteration >= self.iterations / 2:
+        collapsed = validation["spread"] < 0.01 and self.iteration >= self.iterations / 2
+        if collapsed and self.settings.on_failure == "stop":
             raise TrainingError(
                 f"the generator has collapsed at {at}: its outputs vary over images by {validation['spread']:.2%} of the "
                 "references' variation; raise lam, lower eta_g, or choose another method"
@@ -317,7 +336,9 @@ def run(
     state, final = _state(scratch, configuration), out / task.folder
     experiment = Experiment.parse(task.experiment)
     x, y = dataset.pairs("train", experiment)
-    options = {"noise": settings.noise, "unit": settings.unit, "batch_size": settings.batch_size}
+    options = {name: getattr(settings, name) for name in ("noise", "unit", "batch_size", "jitter_degrees", "jitter_pixels")}
+    if experiment.kind in contamination.PROJECTED:
+        options["views"] = dataset.views("train", experiment)
 
     def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
@@ -331,17 +352,20 @@ def run(
             printed = time.monotonic()
             print(_progress(task, history[-1]), flush=True)
 
-    trainer = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen)
+    trainer, failed = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen), {}
     try:
         trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report)
     except TrainingError as error:
-        raise TrainingError(f"{task.folder}: {error}; its lines of metrics up to then are in {state}") from error
+        if settings.on_failure == "stop" or not trainer.history:
+            raise TrainingError(f"{task.folder}: {error}; its lines of metrics up to then are in {state}") from error
+        trainer.load_state(state / "state.pt")
+        failed = {"failed": str(error)}
     last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
     _write_lines(final / "metrics.jsonl", trainer.history)
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
     mean, sd = (float(values.mean()) for values in imaging.background(y[:256]))
     seen = {"pixel_size": configuration["data"]["pixel_size"], "background": {"mean": mean, "sd": sd}}
-    card = network | seen | {"validation": last} | configuration
+    card = network | seen | {"validation": last} | failed | configuration
     models.save(final / "generator.safetensors", trainer.generator, card)
     return last
 
@@ -352,7 +376,7 @@ def _write_lines(path: Path, history: list[dict[str, Any]]) -> None:
 
 def _configuration(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
     """All that a run's result depends on: the data by the digests in its card, the code by a digest of its source."""
-    modules = (checks, contamination, experiments, imaging, losses, metrics, models)
+    modules = (checks, contamination, experiments, imaging, losses, metrics, models, pggan)
     source = b"".join(Path(file).read_bytes() for file in (*(m.__file__ for m in modules), __file__))
     code = {"torch": torch.__version__, "device": device.type, "source": hashlib.sha256(source).hexdigest()}
     return {"run": asdict(task), "settings": asdict(settings), "data": dataset.card, "code": code}
@@ -372,7 +396,14 @@ def _progress(task: Run, line: dict[str, Any]) -> str:
 
 
 def run_grid(
-    tasks: Iterable[Run], settings: Settings, data: Path, out: Path, scratch: Path, device: str = "auto", workers: int | None = None
+    tasks: Iterable[Run],
+    settings: Settings,
+    data: Path,
+    out: Path,
+    scratch: Path,
+    device: str = "auto",
+    workers: int | None = None,
+    variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     """Train many runs, side by side on the CPU's cores with one thread each, or one after another on a GPU.
 
@@ -382,17 +413,20 @@ def run_grid(
     ----------
     tasks, settings, data, out, scratch, device : as `run`.
     workers : runs at a time on the CPU; None is one a core.
+    variants : name -> changes of `settings`, for the tasks that have a variant.
 
     Raises
     ------
+    ValueError : a task's variant is not among `variants` or is no change of settings; before anything is trained.
     TrainingError : a run failed; what the others reached is kept in `scratch`.
     """
     tasks = list(tasks)
     chosen = models.pick_device(device)
+    changed = {task: _changed(settings, task.variant, variants) for task in tasks}
     workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or imaging.cores())
     print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
-    states = {task: _state(Path(scratch), _configuration(task, settings, Dataset(Path(data)), chosen)) for task in tasks}
-    arguments = [(task, settings, Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
+    states = {task: _state(Path(scratch), _configuration(task, changed[task], Dataset(Path(data)), chosen)) for task in tasks}
+    arguments = [(task, changed[task], Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
     started = time.perf_counter()
     if chosen.type != "cpu":
         _report(((a[0], run(*a)) for a in arguments), len(tasks), started)
@@ -406,6 +440,15 @@ def run_grid(
                 raise
     for state in states.values():
         shutil.rmtree(state, ignore_errors=True)
+
+
+def _changed(settings: Settings, variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Settings:
+    if not variant:
+        return settings
+    try:
+        return replace(settings, **variants[checks.choice("variant", variant, variants)])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"variant {variant!r}: {error}") from error
 
 
 def _finished(futures: dict[Future, Run], states: dict[Run, Path]) -> Iterator[tuple[Run, dict[str, float]]]:

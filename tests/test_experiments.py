@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from cryo_lib import experiments, training
 from cryo_lib.experiments import Dataset, Experiment, Run, expand, read_scale
+from cryo_lib.losses import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
@@ -25,7 +27,7 @@ def test_an_experiment_reads_what_it_writes(text):
         ("awgn_0.1", "expected protocol-snr-contamination such as awgn-0.1-none"),
         ("poisson-0.1-none", "protocol: expected one of awgn, clipped, measured, got 'poisson'"),
         ("awgn-0-none", "snr: expected a finite number > 0, got 0.0"),
-        ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, got 'D'"),
+        ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, S, O, J, I, got 'D'"),
         ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
         ("awgn-0.1.2-none", "experiment 'awgn-0.1.2-none': could not convert string to float"),
         ("awgn-0.1-none-half3", "expected protocol-snr-contamination .* \\(-half1 or -half2 after it\\)"),
@@ -81,16 +83,43 @@ def test_contamination_is_the_experiments_kind_and_fraction():
 
 
 def test_a_study_expands_to_its_product_with_seeds_outermost():
-    runs = expand({"methods": ["l1_ae", "l2_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0, 1]})
+    runs = expand({"methods": ["l1_ae", "l2_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0, 1], "variants": {}})
     assert [(r.method, r.seed) for r in runs] == [("l1_ae", 0), ("l2_ae", 0), ("l1_ae", 1), ("l2_ae", 1)]
     assert len({r.folder for r in runs}) == 4
 
 
+def test_a_variant_is_an_axis_and_a_folder_of_its_own():
+    study = {"methods": ["l1_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0], "variants": {"lam_0": {"lam": 0.0}, "lam_1": {}}}
+    assert [r.variant for r in expand(study)] == ["lam_0", "lam_1"]
+    assert [r.folder.as_posix() for r in expand(study)] == [f"l1_ae/awgn-0.1-none/lam_{i}/seed0" for i in (0, 1)]
+    assert Run("l1_ae", "awgn-0.1-none", 0).folder.as_posix() == "l1_ae/awgn-0.1-none/seed0"
+
+
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
 def test_every_scale_parses_and_its_training_settings_are_valid(path):
+    """Those of every variant too."""
     params = read_scale(path)
-    training.Settings(**params["train"])
+    settings = training.Settings(**params["train"])
+    for study in params["study"].values():
+        for changes in study["variants"].values():
+            replace(settings, **changes)
     assert params["scale"] == path.stem
+
+
+def test_the_paper_scale_holds_the_whole_supplement():
+    study = read_scale(ROOT / "scales" / "paper.yaml")["study"]
+    pairs = {(m.alpha, m.beta) for m in METHODS.values() if m.adversary == "beta"}
+    assert pairs == {(1, 1), (0.5, 0.5), (0, 0), (-0.5, -0.5), (-1, -1), (1, -1), (0.5, -0.5), (0.1, -0.1)}
+    new = {name for name, m in METHODS.items() if m.adversary == "beta"} - {"js_l1", "beta_1_1_l1", "beta_05_05_l1"}
+    assert set(study["scores"]["methods"]) == set(study["scores_contaminated"]["methods"]) == new
+    weights = [0.1, 1, 5, 10, 50, 100, 500, 10000]
+    for suffix in ("scripts", "printed"):
+        assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == weights
+    assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.count("_") == 1] == [w for w in weights if w != 10]
+    assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0} and len(study["adversary_alone"]["seeds"]) == 3
+    authors = {"architecture": "pggan", "eta_d": 1e-4, "eta_g": 1e-4, "lam": 100, "beta1": 0, "beta2": 0.99}
+    assert study["progressive"]["variants"]["pggan"] == authors
+    assert {e.split("-")[2][0] for e in study["harder"]["experiments"]} == set("SOJI")
 
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
@@ -115,7 +144,7 @@ def test_the_paper_scale_holds_the_papers_numbers():
     assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
     robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
     assert Counter(r.experiment for r in runs["contamination"]) == robustness
-    full = [study for name, study in runs.items() if name != "halves"]
+    full = [runs[name] for name in ("table1", "clipped", "contamination")]
     assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in full)
     assert params["export"]["n_stack"] == 200_000 and params["relion"]["run_relion"]
     assert set(params["export"]["stack_runs"]) <= set(params["relion"]["relion_stacks"])
@@ -133,6 +162,8 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("js_l1", "unet", "params.yaml: method: expected one of l2_ae, .* got 'unet'"),
         ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
         ("studies: [table1,", "studies: [", "expected the entries of study"),
+        ("harder]", "harder, more]", "expected the entries of study"),
+        ("      conv: {", "      seed7: {", "variant: expected a name of a-z, 0-9, _ and dots, not like seed0, got 'seed7'"),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
         ("[measured-none]", "[awgn-0.1-none]", "study figure4: expected the noise measured-..., got awgn-0.1-none"),
@@ -144,7 +175,7 @@ def test_bad_parameter_files_are_named(tmp_path):
         path.write_text(laptop.replace(old, new))
         with pytest.raises(ValueError, match=message):
             read_scale(path)
-    with pytest.raises(ValueError, match="expected the keys methods, experiments and seeds, got methods"):
+    with pytest.raises(ValueError, match="expected the keys methods, experiments, seeds and variants, got methods"):
         expand({"methods": []})
 
 
@@ -169,6 +200,12 @@ def test_measured_noise_is_an_experiment_without_an_snr(name):
     assert str(experiment) == name and experiment.protocol == "measured" and experiment.snr is None
     with pytest.raises(ValueError, match="snr: expected None, since measured images have their own noise, got 0.1"):
         Experiment("measured", 0.1)
+
+
+def test_measured_images_have_no_views_to_project_anew():
+    with pytest.raises(ValueError, match="contamination: O projects references anew, which measured images do not allow"):
+        Experiment.parse("measured-O_0.3")
+    assert str(Experiment.parse("measured-S_0.3")) == "measured-S_0.3"
 
 
 @pytest.mark.parametrize("name", ["measured", "measured-0.1-none", "awgn-none", "measured-none-half3"])

@@ -425,6 +425,10 @@ def test_views_show_the_volumes_they_are_said_to_show():
         np.testing.assert_array_equal(image, imaging.rescale(imaging.project(volumes[index], rotation[None]))[0])
     parts = np.concatenate([imaging.views(volumes, rotations[p], shown[p]) for p in (slice(0, 4), slice(4, 9))])
     np.testing.assert_array_equal(parts, images)
+    shifts = np.random.default_rng(0).normal(0, 1, (9, 2))
+    for i, image in enumerate(imaging.views(volumes, rotations, shown, shifts)):
+        moved = imaging.project(volumes[shown[i]], rotations[i : i + 1], shifts[i : i + 1])
+        np.testing.assert_array_equal(image, imaging.rescale(moved)[0])
     with pytest.raises(ValueError, match="shown: expected 9 indices below 2, got"):
         imaging.views(volumes, rotations, shown + 1)
 
@@ -435,6 +439,10 @@ def test_jittered_views_turn_by_the_angle_asked_for():
     vectors = np.rad2deg(Rotation.from_matrix(view.T @ turned).as_rotvec())
     np.testing.assert_allclose(vectors.std(axis=0), 2.0, rtol=0.05)
     np.testing.assert_allclose(imaging.jittered(view, 3, 0.0, 1), [view] * 3, atol=1e-12)
+    each = imaging.random_rotations(5, 2)
+    np.testing.assert_allclose(imaging.jittered(each, 5, 0.0, 1), each, atol=1e-12)
+    one = [imaging.jittered(rotation, 5, 2.0, 1)[i] for i, rotation in enumerate(each)]
+    np.testing.assert_allclose(imaging.jittered(each, 5, 2.0, 1), one, atol=1e-12)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -58,3 +58,36 @@ def test_bad_input_is_named(metric, pair):
 def test_images_too_small_for_the_window_are_refused():
     with pytest.raises(ValueError, match="at least 11 x 11 px, got 8 x 8"):
         metrics.ssim(np.zeros((1, 8, 8)), np.zeros((1, 8, 8)))
+
+
+def test_fourier_ring_correlation_is_that_of_its_definition():
+    """Summed ring by ring over the full Fourier transform, pixel by pixel."""
+    rng = np.random.default_rng(0)
+    x = rng.random((2, 9, 9))
+    x_hat = x + rng.normal(0, 0.3, x.shape)
+    for n in (9, 8):
+        for a, b, found in zip(x, x_hat, metrics.frc(x[:, :n, :n], x_hat[:, :n, :n])):
+            a, b = np.fft.fft2(a[:n, :n]), np.fft.fft2(b[:n, :n])
+            sums = np.zeros((3, n))
+            for i, j in np.ndindex(n, n):
+                ring = round(np.hypot(min(i, n - i), min(j, n - j)))
+                sums[:, ring] += (a[i, j] * b[i, j].conj()).real, abs(a[i, j]) ** 2, abs(b[i, j]) ** 2
+            expected = sums[0] / np.sqrt(sums[1] * sums[2] + 1e-300)
+            np.testing.assert_allclose(found, expected[: n // 2 + 1], atol=1e-10)
+
+
+def test_no_radial_filter_changes_the_fourier_ring_correlation():
+    """Nearly: a ring one pixel wide holds frequencies that a smooth filter weights nearly alike; a step between rings is exact."""
+    rng = np.random.default_rng(0)
+    x = rng.random((3, 32, 32))
+    y = x + rng.normal(0, 1.0, x.shape)
+    ring = np.rint(np.hypot(np.fft.fftfreq(32)[:, None], np.fft.fftfreq(32)) * 32)
+    filtered = np.fft.ifft2(np.fft.fft2(y) / (1 + ring) ** 2).real
+    np.testing.assert_allclose(metrics.frc(x, filtered), metrics.frc(x, y), atol=1e-9)
+    assert metrics.mse(x, filtered).mean() < metrics.mse(x, y).mean() / 2
+    np.testing.assert_allclose(metrics.frc(x, x), 1)
+
+
+def test_rings_need_square_images():
+    with pytest.raises(ValueError, match="needs square images, got 8 x 9"):
+        metrics.frc(np.ones((1, 8, 9)), np.ones((1, 8, 9)))

@@ -1,5 +1,6 @@
 """The networks are the paper's, at any width and size, and survive a trip to disk."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,3 +117,49 @@ def test_a_gpu_that_torch_cannot_use_is_said_loudly(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.warns(UserWarning, match="nvidia-smi lists a GPU but torch .* cannot use it, so the CPU is used"):
         assert models.pick_device().type == "cpu"
+
+
+@pytest.mark.parametrize("size, patches", [(128, 5), (64, 1), (48, 1), (32, 1)])
+def test_the_convolutional_networks_keep_the_size_and_score_patches(size, patches):
+    images = torch.rand(2, 1, size, size)
+    x_hat = models.ConvGenerator(size, 2).double()(images.double())
+    assert x_hat.shape == images.shape and x_hat.abs().max() < 1
+    assert models.ConvDiscriminator(size, 2)(images).shape == (2, 1, patches, patches)
+
+
+def test_the_convolutional_generator_has_four_levels_and_neither_skips_nor_residual_blocks():
+    """At width 64 its widths are 64, 128, 256, 512, and with its bottleneck silenced the output knows nothing of the input."""
+    model = models.ConvGenerator(128)
+    down = [m.out_channels for m in model.modules() if type(m) is torch.nn.Conv2d]
+    up = [m.out_channels for m in model.modules() if type(m) is torch.nn.ConvTranspose2d]
+    assert down == [64, 128, 256, 512] and up == [256, 128, 64, 1]
+    assert {m.kernel_size for m in model.modules() if hasattr(m, "kernel_size")} == {(4, 4)}
+    small, images = models.ConvGenerator(32, 2).eval(), torch.rand(1, 1, 32, 32, requires_grad=True)
+    small.layers[9].weight.data.zero_()
+    (gradient,) = torch.autograd.grad(small(images).sum(), images)
+    assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("architecture", models.GENERATORS)
+def test_every_architecture_comes_back_from_disk_and_refuses_other_sizes(architecture, tmp_path):
+    torch.manual_seed(0)
+    model, critic = (kind[architecture](64, 2) for kind in (models.GENERATORS, models.DISCRIMINATORS))
+    path = models.save(tmp_path / "g.safetensors", model, {"architecture": architecture, "image_size": 64, "width": 2})
+    y = torch.rand(2, 64, 64)
+    loaded, _ = models.load(path)
+    np.testing.assert_array_equal(models.denoise_images(loaded, y), models.denoise_images(model, y))
+    for network in (model, critic):
+        with pytest.raises(ValueError, match=r"images: expected shape \(n, 1, 64, 64\), got \(2, 1, 48, 48\); this network was built for 64 px"):
+            network(torch.rand(2, 1, 48, 48))
+
+
+def test_batch_statistics_are_those_of_each_batch_and_leave_the_model_as_it_was():
+    torch.manual_seed(0)
+    model, y = models.ResNetGenerator(32, 2).eval(), torch.rand(6, 32, 32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = models.denoise_images(model, y, batch_size=3, batch_statistics=True)
+    assert not model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        expected = torch.cat([model.train()(part[:, None]) for part in y.split(3)])[:, 0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+    assert np.abs(found - models.denoise_images(model.eval(), y)).max() > 1e-3

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cryo_lib import imaging, models, notebooks, particles, reconstruction
-from cryo_lib.experiments import SPLITS, Dataset
+from cryo_lib.experiments import SPLITS, Dataset, read_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -61,11 +61,17 @@ def test_a_stage_depends_on_every_module_its_notebook_imports(name):
     assert f"build/nbsrc/{notebook_of(RUNS[name]).stem}.py" in RUNS[name]["deps"]
 
 
-def test_every_notebook_has_one_stage_and_training_two():
-    """One for each data set."""
+def test_every_notebook_has_one_stage_and_training_three():
+    """One for each data set, and one for the supplement."""
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     training = ROOT / "notebooks" / "03_train_networks.ipynb"
-    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training])
+    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training, training])
+
+
+@pytest.mark.parametrize("name, studies", [("evaluate", ["studies"]), ("evaluate_supplement", ["supplement_studies"]), ("evaluate_particles", ["particle_studies"])])
+def test_an_evaluation_depends_on_every_study_it_evaluates(name, studies):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert {f"runs/${{item.scale}}/{study}" for key in studies for study in params[key]} <= set(STAGES[name]["deps"])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -75,14 +81,14 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     words, given = RUNS[name]["cmd"].split(), {}
     for word, value in zip(words, words[1:]):
         if word == "-s":
-            study = "figure4" if name == "train_particles" else "table1"
+            study = {"train_particles": "figure4", "train_supplement": "scores"}.get(name, "table1")
             value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
             given |= notebooks.section(params, value)
         elif word == "-p":
             given[value] = None
     known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
     assert set(given) <= set(known)
-    if name.startswith("figure") or name == "table1":
+    if int(notebook_of(RUNS[name]).name[:2]) >= 20:  # tables and figures: what they show is a default of the notebook's
         return
     assert set(given) == set(known)
     differing = {k for k, v in given.items() if v is not None and v != known[k]} - {"methods", "experiments", "seeds"}
@@ -149,7 +155,8 @@ def test_the_ci_scale_makes_every_output(ci_run):
     for stage in STAGES.values():
         for out in stage["outs"]:
             path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
-            for study in ("figure4", "figure4_halves") if "particles" in stage["cmd"] else ("table1", "clipped", "contamination", "halves"):
+            listed = stage.get("matrix", {}).get("study", "${studies}").strip("${}")
+            for study in read_scale(ci_run / "params.yaml")[listed]:
                 for network in ("figure4", "halves"):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     assert (ci_run / made).exists(), made

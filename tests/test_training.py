@@ -278,12 +278,65 @@ def test_a_collapse_stops_with_the_reason(tmp_path):
         t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 0.001})
 
 
+def test_recorded_a_collapse_is_trained_on_to_the_end(tmp_path):
+    t = trainer("l1_ae", replace(SMALL, on_failure="record"))
+    t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 0.001})
+    assert t.iteration == t.iterations and t.history[-1]["spread"] == 0.001
+
+
+def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card_says_so(data, tmp_path, monkeypatch):
+    step = Trainer.step
+
+    def breaks(self, x, y):
+        if self.iteration == 7:
+            self.generator.last[0].weight.data.fill_(math.nan)
+        return step(self, x, y)
+
+    monkeypatch.setattr(Trainer, "step", breaks)
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), replace(SMALL, log_every=2)
+    with pytest.raises(TrainingError, match="not finite at iteration 8"):
+        training.run(task, settings, data, tmp_path / "stop", tmp_path / "s1", "cpu")
+    training.run(task, replace(settings, on_failure="record"), data, tmp_path / "record", tmp_path / "s2", "cpu")
+    folder = tmp_path / "record" / task.folder
+    card = json.loads((folder / "generator.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert "not finite at iteration 8 of 10" in card["failed"] and [line["iteration"] for line in lines] == [2, 4, 6]
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
+    tasks = [Run("js_l1", "awgn-0.5-O_0.3", 0, variant) for variant in ("", "lam_0", "small")]
+    np.savez(data / "poses.npz", train_rotations=np.tile(np.eye(3), (18, 1, 1)), train_conformations=np.arange(18) % 2)
+    np.save(data / "volumes.npy", np.random.default_rng(0).random((2, 32, 32, 32), np.float32))
+    variants = {"lam_0": {"lam": 0.0}, "small": {"width": 1, "batch_size": 9}}
+    training.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", 1, variants)
+    cards = [json.loads((tmp_path / "o" / task.folder / "generator.json").read_text()) for task in tasks]
+    assert [card["settings"]["lam"] for card in cards] == [10, 0, 10] and [card["width"] for card in cards] == [2, 2, 1]
+    assert [card["run"]["variant"] for card in cards] == ["", "lam_0", "small"]
+
+
+@pytest.mark.parametrize(
+    "variants, message",
+    [
+        ({}, "variant: expected one of , got 'lam_0'"),
+        ({"lam_0": {"lambda": 0.0}}, "variant 'lam_0': .*unexpected keyword argument 'lambda'"),
+        ({"lam_0": {"lam": -1.0}}, "variant 'lam_0': lam: expected a finite number >= 0, got -1.0"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused_before_anything_is_trained(variants, message, data, tmp_path):
+    tasks = [Run("l1_ae", "awgn-0.5-none", 0), Run("l1_ae", "awgn-0.5-none", 0, "lam_0")]
+    with pytest.raises(ValueError, match=message):
+        training.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", 1, variants)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
         ({"eta_g": "1e-3"}, TypeError, "eta_g: expected a number, got '1e-3' .*in YAML write 1.0e-3"),
+        ({"on_failure": "ignore"}, ValueError, "on_failure: expected one of stop, record, got 'ignore'"),
         ({"epochs": 0}, ValueError, "epochs: expected an integer >= 1, got 0"),
-        ({"architecture": "unet"}, ValueError, "architecture: expected one of resnet, resnet256, got 'unet'"),
+        ({"architecture": "unet"}, ValueError, "architecture: expected one of resnet, resnet256, conv, pggan, got 'unet'"),
         ({"reconstruction_reduction": "max"}, ValueError, "expected one of mean, sum, got 'max'"),
         ({"learning_rate": 1}, TypeError, "unexpected keyword argument 'learning_rate'"),
     ],
