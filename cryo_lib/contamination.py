@@ -112,10 +112,10 @@ def contaminate(
             y[chosen] = _pure_noise(rng, noise, len(chosen), y)
         if kind == "S":
             _swap(x, rng.permutation(chosen))
-        if kind in PROJECTED:
-            views = _checked(views, kind, x)
-            jitter = jitter_degrees, jitter_pixels
-            x[chosen] = views.imprecise(chosen, *jitter, rng) if kind == "J" else views.another_conformation(chosen, rng)
+        if kind == "O":
+            x[chosen] = _checked(views, kind, x).another_conformation(chosen, rng)
+        if kind == "J":
+            x[chosen] = _checked(views, kind, x).imprecise(chosen, jitter_degrees, jitter_pixels, rng)
         if kind == "I":
             y[chosen] += _ice(rng, y[chosen])
     return x, y, np.isin(np.arange(n), chosen)

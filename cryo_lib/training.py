@@ -357,7 +357,8 @@ def run(
         trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report)
     except TrainingError as error:
         if settings.on_failure == "stop" or not trainer.history:
-            raise TrainingError(f"{task.folder}: {error}; its lines of metrics up to then are in {state}") from error
+            where = f"; its lines of metrics up to then are in {state}" if trainer.history else ""
+            raise TrainingError(f"{task.folder}: {error}{where}") from error
         trainer.load_state(state / "state.pt")
         failed = {"failed": str(error)}
     last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
