@@ -41,11 +41,11 @@ def as_images(name: str, value: Any, dtype: type = np.float32) -> np.ndarray:
     return array.astype(dtype, copy=False)
 
 
-def batch(name: str, images: Any, size: int) -> None:
+def network_input(images: Any, size: int) -> None:
     """Raise ValueError unless `images` is a tensor `(n, 1, size, size)`, the input of a network built for `size` pixels."""
     if images.ndim != 4 or images.shape[1:] != (1, size, size):
         raise ValueError(
-            f"{name}: expected shape (n, 1, {size}, {size}), got {tuple(images.shape)}; this network was built for "
+            f"images: expected shape (n, 1, {size}, {size}), got {tuple(images.shape)}; this network was built for "
             f"{size} px: crop or rescale the images, or build one for their size"
         )
 

@@ -57,6 +57,8 @@ class Experiment:
         checks.choice("contamination", self.kind, ("none", *contamination.KINDS, *contamination.HARDER))
         if self.protocol == MEASURED and self.kind in contamination.PROJECTED:
             raise ValueError(f"contamination: {self.kind} projects references anew, which {MEASURED} images do not allow; use simulated ones")
+        if self.protocol == "clipped" and self.kind == "I":
+            raise ValueError("contamination: I adds ice to noisy images, after which clipped ones would leave [0, 1]; use awgn")
         checks.number("eps", self.eps, low=0, high=1)
         checks.choice("half", self.half, (0, 1, 2))
 

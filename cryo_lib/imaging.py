@@ -106,9 +106,11 @@ def random_rotations(n: int, seed: Any) -> np.ndarray:
 def jittered(rotation: Any, n: int, degrees: float, seed: Any) -> np.ndarray:
     """Return `(n, 3, 3)` rotations near `rotation`: turned about each image axis by angles of sd `degrees`.
 
-    `rotation` is `(3, 3)`, near which all lie, or `(n, 3, 3)`, one each.
+    `rotation` is `(3, 3)`, near which all lie, or `(n, 3, 3)`, one each; ValueError for another number.
     """
     rotation = as_rotations(rotation if np.ndim(rotation) == 3 else np.asarray(rotation)[None])
+    if len(rotation) not in (1, n):
+        raise ValueError(f"rotation: expected one, or one for each of {n}, got {len(rotation)}; change n or the rotations")
     sd = np.deg2rad(checks.number("degrees", degrees, low=0))
     turns = np.random.default_rng(seed).normal(0.0, 1.0, (checks.integer("n", n, low=1), 3))
     return rotation @ Rotation.from_rotvec(sd * turns).as_matrix()

@@ -75,8 +75,7 @@ def frc(x: Any, x_hat: Any) -> np.ndarray:
     """Fourier ring correlation of each image with its reference, in [-1, 1]: the FSC's counterpart in two dimensions.
 
     Ring s holds the Fourier pixels whose distance from the origin rounds to s, the frequency s / (n pixel size), as the
-    shells of `reconstruction.fsc`. It does not change where either image is multiplied by a positive function of the
-    frequency alone. Source: Saxton and Baumeister 1982.
+    shells of `reconstruction.fsc`. A positive factor on all of a ring does not change it. Source: Saxton and Baumeister 1982.
 
     Arguments and errors as `mse`; images must be square.
 

@@ -127,7 +127,7 @@ class ResNetGenerator(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Noisy images `(n, 1, h, w)` to denoised images of the same shape, in (-1, 1)."""
-        checks.batch("images", y, self.image_size)
+        checks.network_input(y, self.image_size)
         skips = []
         for level in self.down:
             y, before_relu = level(y)
@@ -177,7 +177,7 @@ class ResNetDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(n, 1, h, w)` to logits `(n, 1, h/8 - 3, w/8 - 3)`; `DeepDiscriminator`'s are 3 fewer a side."""
-        checks.batch("images", x, self.image_size)
+        checks.network_input(x, self.image_size)
         for level in self.down:
             x, _ = level(x)
         return self.last(x)
@@ -223,7 +223,7 @@ class ConvGenerator(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Noisy images `(n, 1, h, w)` to denoised images of the same shape, in (-1, 1)."""
-        checks.batch("images", y, self.image_size)
+        checks.network_input(y, self.image_size)
         return self.layers(y)
 
 
@@ -243,7 +243,7 @@ class ConvDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(n, 1, h, w)` to logits `(n, 1, h/16 - 3, w/16 - 3)`, at least one."""
-        checks.batch("images", x, self.image_size)
+        checks.network_input(x, self.image_size)
         return self.layers(x)
 
 

@@ -1,4 +1,9 @@
-"""Progressive growing (Karras et al. 2018) of a denoiser: encoder, generator and critic that start at 4 px and grow."""
+"""Progressive growing (Karras et al. 2018) of a denoiser: encoder, generator and critic that start at 4 px and grow.
+
+As there: equalised learning rates, pixel norm, the minibatch's standard deviation, levels that fade in, a critic trained by
+WGAN-gp. Not as there: an encoder stands in front of the generator, the averaged copy of the generator's weights and the drift
+term of the critic's loss are left out, and the levels come in equal steps of the training's first half.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from torch import Tensor, nn
 
 from cryo_lib import checks
 
-GROWTH = 0.5  # share of the training over which levels are added; from then on all of it is at full size
+GROWTH = 0.5  # share of the training over which levels are added; from then on the networks are whole
 
 
 def sizes(image_size: int) -> list[int]:
@@ -28,13 +33,13 @@ def sizes(image_size: int) -> list[int]:
 def at(progress: float, levels: int) -> tuple[int, float]:
     """The highest level in use at `progress` in [0, 1] of a training, and how far it has faded in, in [0, 1].
 
-    Each level fades in over the first half of its time and stands alone over the second.
+    Growth takes equal steps: over the first half of each a level stands, over the second the next one fades in.
     """
-    if levels == 1:
-        return 0, 1.0
     time = progress * (levels - 1) / GROWTH
-    level = min(int(time), levels - 1)
-    return level, 1.0 if level == 0 else min(1.0, 2 * (time - level))
+    level, rest = int(time), time % 1
+    if level >= levels - 1:
+        return levels - 1, 1.0
+    return (level, 1.0) if rest < 0.5 else (level + 1, 2 * rest - 1)
 
 
 def _pool(images: Tensor, side: int) -> Tensor:
@@ -103,9 +108,17 @@ class Growing(nn.Module):
         self.from_grey = nn.ModuleList(nn.Sequential(Scaled(1, c, 1), nn.LeakyReLU(0.2)) for c in self.channels)
         self.down = nn.ModuleList(_block(c, c, below) for below, c in zip(self.channels, self.channels[1:]))
 
+    def get_extra_state(self) -> Tensor:
+        """`progress`, so that a network saved before it is whole comes back as it was."""
+        return torch.tensor(self.progress)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up a saved `progress`."""
+        self.progress = float(state)
+
     def _lowest(self, images: Tensor) -> Tensor:
         """Images `(n, 1, h, h)` to features of the smallest level."""
-        checks.batch("images", images, self.image_size)
+        checks.network_input(images, self.image_size)
         level, fade = at(self.progress, len(self.sides))
         images = _pool(images, self.sides[level])
         features = self.from_grey[level](images)
@@ -148,7 +161,8 @@ class Generator(Growing):
 class Discriminator(Growing):
     """The critic: one score an image, `(n, 1, 1, 1)`, with the minibatch's standard deviation as one more channel.
 
-    It is 1-Lipschitz (Eq. 8) with respect to images at full size, whichever level is in use: pooling is part of it.
+    Pooling is part of it, so the slope that the gradient penalty (Eq. 8) looks at is that with respect to images at full size,
+    whichever level is in use.
     """
 
     def __init__(self, image_size: int, width: int = 64) -> None:

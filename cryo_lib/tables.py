@@ -73,6 +73,22 @@ def over_seeds(runs: pd.DataFrame, keys: Sequence[str] = KEYS[:2]) -> pd.DataFra
     return means.join(sds).assign(n_seeds=grouped.size()).reset_index()
 
 
+def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """How steady trainings were, a row a run (which `keys` name, as the index): `fall`, `spread`.
+
+    `fall` is the most that validation PSNR (dB) lost from one line of metrics to the next, so it depends on how far apart
+    the lines are; 0 where it never fell. `spread` is the last one: the outputs' variation over images divided by the
+    references', 1 for images as varied as these and 0 for one picture.
+
+    Parameters
+    ----------
+    curves : lines of metrics in order, with the columns `psnr` and `spread`.
+    """
+    grouped = curves.groupby(list(keys), sort=False)
+    fall = grouped["psnr"].agg(lambda psnr: np.fmax(0.0, -psnr.diff().min()))
+    return pd.DataFrame({"fall": fall, "spread": grouped["spread"].last()})
+
+
 def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
     """Add `<metric>_best`: True within each experiment for the best mean and all others within its one sd, as in Table 1."""
     summary = summary.copy()
@@ -143,8 +159,8 @@ def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of strings as GitHub Markdown."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]) + "\n"
+    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |\n" for row in rows)
 
 
 def insert(path: str | Path, marker: str, text: str) -> bool:

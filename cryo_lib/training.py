@@ -45,8 +45,9 @@ class Settings:
         fresh noise every epoch.
     log_every : iterations between two lines of metrics and checkpoints.
     calibration : noisy images that batch norm's statistics are taken from before each evaluation; 0 keeps its moving averages.
-    on_failure : "stop" raises `TrainingError`; "record" is for experiments on where training breaks: a collapsed generator
-        is trained on, and a loss that is not finite ends the run at its last finite state, which the card tells.
+    on_failure : "stop" raises `TrainingError`; "record" is for experiments on where training breaks: metrics begin with a line
+        at iteration 0, a collapsed generator is trained on, and a loss that is not finite ends the run at the last line's
+        state; the card's `failed` says which, where the run ends so.
     """
 
     architecture: str = "resnet"
@@ -225,6 +226,8 @@ class Trainer:
         """
         if checkpoint.is_file():
             self.load_state(checkpoint)
+        elif self.settings.on_failure == "record":
+            self._report({}, validate, 0.0, checkpoint, report)
         started, images, sums = time.perf_counter(), 0, {}
         while self.iteration < self.iterations:
             epoch, first = divmod(self.iteration, self.iterations_per_epoch)
@@ -239,11 +242,14 @@ class Trainer:
                 steps = (self.iteration - 1) % self.settings.log_every + 1
                 means = {name: float(total) / steps for name, total in sums.items()}
                 speed = images / (time.perf_counter() - started)
-                self.calibrate()
-                self._log(means, validate(self.generator), speed)
-                self.save_state(checkpoint)
-                report(self.history)
+                self._report(means, validate, speed, checkpoint, report)
                 started, images, sums = time.perf_counter(), 0, {}
+
+    def _report(self, means: dict[str, float], validate: Callable, speed: float, checkpoint: Path, report: Callable) -> None:
+        self.calibrate()
+        self._log(means, validate(self.generator), speed)
+        self.save_state(checkpoint)
+        report(self.history)
 
     def calibrate(self) -> None:
         """Set the generator's batch-norm statistics to those of its present weights, on the first `calibration` noisy images.
@@ -263,12 +269,8 @@ class Trainer:
                 f"{', '.join(bad)} not finite at {at}; lower eta_g ({self.settings.eta_g:g}) or eta_d ({self.settings.eta_d:g}), "
                 f"or check lam ({self.settings.lam:g}) and the reductions"
             )
-        collapsed = validation["spread"] < 0.01 and self.iteration >= self.iterations / 2
-        if collapsed and self.settings.on_failure == "stop":
-            raise TrainingError(
-                f"the generator has collapsed at {at}: its outputs vary over images by {validation['spread']:.2%} of the "
-                "references' variation; raise lam, lower eta_g, or choose another method"
-            )
+        if (collapse := self.collapse(validation["spread"])) and self.settings.on_failure == "stop":
+            raise TrainingError(collapse)
         memory = (
             torch.cuda.max_memory_allocated(self.device)
             if self.device.type == "cuda"
@@ -280,6 +282,15 @@ class Trainer:
             | means
             | validation
             | {"images_per_s": round(images_per_s, 1), "peak_memory_mib": memory >> 20, "device": str(self.device)}
+        )
+
+    def collapse(self, spread: float) -> str:
+        """Why the training counts as collapsed: in its second half, outputs hardly vary over images (`spread`); "" if it does not."""
+        if spread >= 0.01 or self.iteration < self.iterations / 2:
+            return ""
+        return (
+            f"the generator has collapsed at iteration {self.iteration} of {self.iterations}: its outputs vary over images by "
+            f"{spread:.2%} of the references' variation; raise lam, lower eta_g, or choose another method"
         )
 
     def save_state(self, path: Path) -> None:
@@ -352,21 +363,23 @@ def run(
             printed = time.monotonic()
             print(_progress(task, history[-1]), flush=True)
 
-    trainer, failed = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen), {}
+    trainer, failure = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen), ""
     try:
         trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report)
     except TrainingError as error:
-        if settings.on_failure == "stop" or not trainer.history:
+        if settings.on_failure == "stop":
             where = f"; its lines of metrics up to then are in {state}" if trainer.history else ""
             raise TrainingError(f"{task.folder}: {error}{where}") from error
         trainer.load_state(state / "state.pt")
-        failed = {"failed": str(error)}
-    last = {name: trainer.history[-1][name] for name in ("mse", "psnr", "ssim")}
+        failure = str(error)
+    line = trainer.history[-1]
+    last = {name: line[name] for name in ("mse", "psnr", "ssim")}
     _write_lines(final / "metrics.jsonl", trainer.history)
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
     mean, sd = (float(values.mean()) for values in imaging.background(y[:256]))
     seen = {"pixel_size": configuration["data"]["pixel_size"], "background": {"mean": mean, "sd": sd}}
-    card = network | seen | {"validation": last} | failed | configuration
+    failure = failure or trainer.collapse(line["spread"])
+    card = network | seen | {"validation": last} | ({"failed": failure} if failure else {}) | configuration
     models.save(final / "generator.safetensors", trainer.generator, card)
     return last
 
@@ -446,8 +459,10 @@ def run_grid(
 def _changed(settings: Settings, variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Settings:
     if not variant:
         return settings
+    if variant not in variants:
+        raise ValueError(f"variant {variant!r}: expected its changes of settings in `variants`, which has {list(variants) or 'none'}")
     try:
-        return replace(settings, **variants[checks.choice("variant", variant, variants)])
+        return replace(settings, **variants[variant])
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant!r}: {error}") from error
 

@@ -31,6 +31,7 @@ def test_an_experiment_reads_what_it_writes(text):
         ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
         ("awgn-0.1.2-none", "experiment 'awgn-0.1.2-none': could not convert string to float"),
         ("awgn-0.1-none-half3", "expected protocol-snr-contamination .* \\(-half1 or -half2 after it\\)"),
+        ("clipped-0.1-I_0.3", "contamination: I adds ice to noisy images, after which clipped ones would leave"),
         ("awgn-0.1-A_1.5", "eps: expected a finite number >= 0 and <= 1, got 1.5"),
     ],
 )
@@ -113,10 +114,13 @@ def test_the_paper_scale_holds_the_whole_supplement():
     new = {name for name, m in METHODS.items() if m.adversary == "beta"} - {"js_l1", "beta_1_1_l1", "beta_05_05_l1"}
     assert set(study["scores"]["methods"]) == set(study["scores_contaminated"]["methods"]) == new
     weights = [0.1, 1, 5, 10, 50, 100, 500, 10000]
-    for suffix in ("scripts", "printed"):
-        assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == weights
+    for suffix, more in (("scripts", [0]), ("printed", [])):
+        assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == more + weights
     assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.count("_") == 1] == [w for w in weights if w != 10]
-    assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0} and len(study["adversary_alone"]["seeds"]) == 3
+    assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0}
+    assert all(entry["seeds"] == [0, 1, 2] for name, entry in study.items() if not name.endswith("halves"))
+    assert set(study["convolutional"]["methods"]) == set(study["table1"]["methods"])
+    assert study["units"]["variants"] == {"minibatch": {"unit": "minibatch"}, "scripts": {"unit": "minibatch", "noise": "uniform", "redraw": True}}
     authors = {"architecture": "pggan", "eta_d": 1e-4, "eta_g": 1e-4, "lam": 100, "beta1": 0, "beta2": 0.99}
     assert study["progressive"]["variants"]["pggan"] == authors
     assert {e.split("-")[2][0] for e in study["harder"]["experiments"]} == set("SOJI")

@@ -439,6 +439,8 @@ def test_jittered_views_turn_by_the_angle_asked_for():
     vectors = np.rad2deg(Rotation.from_matrix(view.T @ turned).as_rotvec())
     np.testing.assert_allclose(vectors.std(axis=0), 2.0, rtol=0.05)
     np.testing.assert_allclose(imaging.jittered(view, 3, 0.0, 1), [view] * 3, atol=1e-12)
+    with pytest.raises(ValueError, match="rotation: expected one, or one for each of 3, got 2"):
+        imaging.jittered(imaging.random_rotations(2, 0), 3, 1.0, 0)
     each = imaging.random_rotations(5, 2)
     np.testing.assert_allclose(imaging.jittered(each, 5, 0.0, 1), each, atol=1e-12)
     one = [imaging.jittered(rotation, 5, 2.0, 1)[i] for i, rotation in enumerate(each)]

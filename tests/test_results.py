@@ -118,3 +118,71 @@ def test_particles_at_their_poses_give_the_map_back_and_denoised_ones_stop_at_th
     assert resolution.loc["noisy", "truth_masked 0.5"] < 1.1 * nyquist
     for stack in ("figure4/beta_05_05_l1", "halves/beta_05_05_l1"):
         assert 19 < resolution.loc[stack, "truth_masked 0.5"] < 30
+
+
+@pytest.fixture(scope="module")
+def supplement():
+    return pd.read_csv(RESULTS / "supplement" / "metrics.csv").fillna({"variant": ""})
+
+
+def test_every_run_of_the_supplement_is_there_and_no_other(supplement):
+    params = read_scale(ROOT / "scales" / "laptop.yaml")
+    names = ["table1", *params["supplement_studies"]]
+    expected = {(name, r.variant, r.method, r.experiment, r.seed) for name in names for r in expand(params["study"][name])}
+    found = list(supplement[["study", "variant", "method", "experiment", "seed"]].itertuples(index=False, name=None))
+    assert set(found) == expected and len(found) == len(expected)
+
+
+def test_gans_need_the_reconstruction_loss(supplement):
+    """Every training without it ends more than 1 dB below every joint one of its method."""
+    alone = supplement[supplement["study"] == "adversary_alone"]
+    for method, rows in alone.groupby("method"):
+        joint = supplement[(supplement["study"] == "table1") & (supplement["method"] == method) & (supplement["experiment"] == "awgn-0.1-none")]
+        assert rows["psnr"].max() < joint["psnr"].min() - 1, method
+
+
+def test_what_counts_of_lambda_is_its_effective_weight(supplement):
+    """Sums over patches weaken it by their number: at an equal effective weight the trainings agree, at an equal λ not."""
+    rows = supplement[supplement["study"] == "lambda"].set_index("variant")["psnr"]
+    patches = (read_scale(ROOT / "scales" / "laptop.yaml")["data"]["image_size"] // 8 - 3) ** 2
+    assert patches == 9
+    assert abs(rows["lam_1_scripts"] - rows["lam_0.1"]) < 1 < rows["lam_1"] - rows["lam_1_scripts"]
+    strong = rows[[name for name in rows.index if "scripts" not in name and name != "lam_0.1"]]
+    assert np.ptp(strong) < 1
+
+
+def test_clipping_accounts_for_the_weak_classical_methods_and_not_for_networks():
+    table = pd.read_csv(RESULTS / "s6_numbers.csv")
+    noise = table[table["protocol"].str.startswith("noise") & (table["snr"] == 0.1)].set_index("method")["difference"]
+    classical = ["gaussian", "bm3d", "ksvd", "nlm", "cwf"]
+    assert (noise[classical] < -5).all() and (noise.drop([*classical, "noisy"]).abs() < 2).all()
+    ranges = table[table["protocol"].str.startswith("SSIM")]["difference"]
+    assert (ranges > 0).all() and len(ranges) == 2 * (5 + 6)
+
+
+def test_the_example_of_metrics_against_looks_follows_its_rule():
+    """Recomputed image by image from the table: best in all three metrics, wrong conformation; best FRC, right conformation."""
+    rows, stored = pd.read_csv(RESULTS / "criteria.csv"), np.load(RESULTS / "criteria.npz")
+    rows = rows[(rows["seed"] <= 0) & (rows["method"] != "noisy")]
+    gaps = {}
+    for image, group in rows.groupby("image"):
+        group = group.set_index("method")
+        best, rival = group["psnr"].idxmax(), group["frc"].idxmax()
+        if {group["mse"].idxmin(), group["ssim"].idxmax()} == {best} and not group.loc[best, "right"] and group.loc[rival, "right"]:
+            gaps[image] = (group.loc[rival, "frc"] - group.loc[best, "frc"], best, rival)
+    assert len(gaps) == stored["fitting"] > 0
+    shown = max(gaps, key=lambda image: gaps[image][0])
+    assert (shown, *gaps[shown][1:]) == (int(stored["example"]), str(stored["best"]), str(stored["rival"]))
+
+
+def test_a_low_pass_gains_decibels_and_no_correlation():
+    means = pd.read_csv(RESULTS / "criteria.csv").groupby("method")[["psnr", "frc"]].mean()
+    assert means.loc["gaussian", "psnr"] > means.loc["noisy", "psnr"] + 10
+    assert means.loc["gaussian", "frc"] < means.loc["noisy", "frc"] + 0.005
+
+
+def test_pure_noise_for_a_reference_harms_l2_more_than_any_wrong_projection(supplement):
+    harder = supplement[(supplement["study"] == "harder") & (supplement["method"] == "l2_ae")].groupby("experiment")["mse"].mean()
+    runs = pd.read_csv(RESULTS / "metrics.csv")
+    noise = runs[(runs["method"] == "l2_ae") & (runs["experiment"] == "awgn-0.1-A_0.3")]["mse"].mean()
+    assert len(harder) == 4 and (noise > 2 * harder).all()

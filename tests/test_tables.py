@@ -1,5 +1,6 @@
 """Tables say what was measured: means over images, sd over seeds, best marked by the paper's rule."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,15 @@ def test_insert_replaces_only_what_is_between_its_markers(tmp_path):
 def test_the_readme_shows_the_committed_table():
     table = (ROOT / "results/laptop/table1.md").read_text(encoding="utf-8")
     assert f"<!-- table1 laptop -->\n{table}<!-- /table1 laptop -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_table_whose_words_hold_bars_keeps_its_columns():
+    text = tables.markdown(pd.DataFrame({"|a - b|": ["x|y", "z"], "n": [1, 2]}))
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()]
+    assert [len(row) for row in rows] == [2, 2, 2, 2] and rows[2][0].strip() == "x\\|y"
+
+
+def test_the_steadiness_of_a_training_is_read_off_its_curve():
+    curves = pd.DataFrame({"run": list("aaaabbc"), "psnr": [10, 19, 12, 20, 5, 6, 7.0], "spread": [3, 2, 1.5, 1, 0.5, 0.0, 1]})
+    found = tables.stability(curves, ["run"])
+    assert found["fall"].tolist() == [7, 0, 0] and found["spread"].tolist() == [1, 0, 1]

@@ -278,10 +278,13 @@ def test_a_collapse_stops_with_the_reason(tmp_path):
         t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 0.001})
 
 
-def test_recorded_a_collapse_is_trained_on_to_the_end(tmp_path):
-    t = trainer("l1_ae", replace(SMALL, on_failure="record"))
-    t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 0.001})
-    assert t.iteration == t.iterations and t.history[-1]["spread"] == 0.001
+@pytest.mark.parametrize("spreads, failed", [([0.5, 0.5, 0.001, 0.001, 0.001], True), ([0.5, 0.5, 0.001, 0.001, 0.4], False)])
+def test_recorded_a_collapse_is_trained_on_and_told_where_the_run_ends_so(spreads, failed, tmp_path):
+    t, values = trainer("l1_ae", replace(SMALL, on_failure="record")), iter(spreads)
+    t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": next(values)})
+    assert t.iteration == t.iterations and [line["spread"] for line in t.history] == spreads
+    told = t.collapse(t.history[-1]["spread"])
+    assert failed == told.startswith("the generator has collapsed at iteration 10 of 10") and failed == bool(told)
 
 
 def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card_says_so(data, tmp_path, monkeypatch):
@@ -300,8 +303,18 @@ def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card
     folder = tmp_path / "record" / task.folder
     card = json.loads((folder / "generator.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert "not finite at iteration 8 of 10" in card["failed"] and [line["iteration"] for line in lines] == [2, 4, 6]
+    assert "not finite at iteration 8 of 10" in card["failed"] and [line["iteration"] for line in lines] == [0, 2, 4, 6]
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
+
+
+def test_recorded_a_run_that_breaks_at_once_is_the_untrained_network(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "step", lambda self, x, y: {"loss_g": torch.tensor(math.nan)})
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), replace(SMALL, on_failure="record")
+    training.run(task, settings, data, tmp_path / "o", tmp_path / "s", "cpu")
+    card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
+    untrained = trainer("l1_ae").generator.state_dict()
+    kept = {k: v for k, v in weights(tmp_path / "o" / task.folder).items() if "running" not in k and "tracked" not in k}
+    assert "not finite at iteration 3 of 10" in card["failed"] and all(torch.equal(v, untrained[k]) for k, v in kept.items())
 
 
 def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
@@ -318,7 +331,7 @@ def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
 @pytest.mark.parametrize(
     "variants, message",
     [
-        ({}, "variant: expected one of , got 'lam_0'"),
+        ({}, "variant 'lam_0': expected its changes of settings in `variants`, which has none"),
         ({"lam_0": {"lambda": 0.0}}, "variant 'lam_0': .*unexpected keyword argument 'lambda'"),
         ({"lam_0": {"lam": -1.0}}, "variant 'lam_0': lam: expected a finite number >= 0, got -1.0"),
     ],
