@@ -343,7 +343,7 @@ def run(
     data : folder of an `experiments.Dataset`.
     """
     chosen, dataset = models.pick_device(device), Dataset(Path(data))
-    configuration = _configuration(task, settings, dataset, chosen)
+    configuration = configuration_of(task, settings, dataset, chosen)
     state, final = _state(scratch, configuration), out / task.folder
     experiment = Experiment.parse(task.experiment)
     x, y = dataset.pairs("train", experiment)
@@ -388,12 +388,22 @@ def _write_lines(path: Path, history: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in history))
 
 
-def _configuration(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
-    """All that a run's result depends on: the data by the digests in its card, the code by a digest of its source."""
+def configuration_of(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    """All that a run's result depends on, as its card holds it: the data by the digests in its card, the code by a digest of its source."""
     modules = (checks, contamination, experiments, imaging, losses, metrics, models, pggan)
     source = b"".join(Path(file).read_bytes() for file in (*(m.__file__ for m in modules), __file__))
     code = {"torch": torch.__version__, "device": device.type, "source": hashlib.sha256(source).hexdigest()}
     return {"run": asdict(task), "settings": asdict(settings), "data": dataset.card, "code": code}
+
+
+def finished(task: Run, settings: Settings, data: Path, out: Path) -> bool:
+    """Whether `out` holds the generator of this very configuration (settings, data, code), on whatever device it was trained."""
+    path = out / task.folder / "generator.json"
+    if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
+        return False
+    card = json.loads(path.read_text())
+    wanted = configuration_of(task, settings, Dataset(data), torch.device(card["code"]["device"]))
+    return all(card[name] == value for name, value in wanted.items())
 
 
 def _state(scratch: Path, configuration: dict[str, Any]) -> Path:
@@ -436,10 +446,10 @@ def run_grid(
     """
     tasks = list(tasks)
     chosen = models.pick_device(device)
-    changed = {task: _changed(settings, task.variant, variants) for task in tasks}
+    changed = {task: varied(settings, task.variant, variants) for task in tasks}
     workers = 1 if chosen.type != "cpu" else min(len(tasks), workers or imaging.cores())
     print(f"{len(tasks)} runs on {_name(chosen)}, {workers} at a time; torch {torch.__version__}", flush=True)
-    states = {task: _state(Path(scratch), _configuration(task, changed[task], Dataset(Path(data)), chosen)) for task in tasks}
+    states = {task: _state(Path(scratch), configuration_of(task, changed[task], Dataset(Path(data)), chosen)) for task in tasks}
     arguments = [(task, changed[task], Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
     started = time.perf_counter()
     if chosen.type != "cpu":
@@ -456,7 +466,11 @@ def run_grid(
         shutil.rmtree(state, ignore_errors=True)
 
 
-def _changed(settings: Settings, variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Settings:
+def varied(settings: Settings, variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """The settings of a variant: `settings` with the changes that `variants` has under its name; "" changes nothing.
+
+    ValueError where it is not among `variants`, or changes what is no setting, or to no value of one.
+    """
     if not variant:
         return settings
     if variant not in variants:

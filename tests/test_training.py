@@ -211,15 +211,26 @@ def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
 def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, monkeypatch):
     folders = set()
     task, dataset = Run("l1_ae", "awgn-0.5-none", 0), experiments.Dataset(data)
-    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
-    folders.add(training._state(tmp_path, training._configuration(task, replace(SMALL, lam=1.0), dataset, CPU)))
+    folders.add(training._state(tmp_path, training.configuration_of(task, SMALL, dataset, CPU)))
+    folders.add(training._state(tmp_path, training.configuration_of(task, replace(SMALL, lam=1.0), dataset, CPU)))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 5.0}))
-    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
+    folders.add(training._state(tmp_path, training.configuration_of(task, SMALL, dataset, CPU)))
     other = tmp_path / "losses.py"
     other.write_text("# other code")
     monkeypatch.setattr(losses, "__file__", str(other))
-    folders.add(training._state(tmp_path, training._configuration(task, SMALL, dataset, CPU)))
+    folders.add(training._state(tmp_path, training.configuration_of(task, SMALL, dataset, CPU)))
     assert len(folders) == 4
+
+
+def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(data, tmp_path):
+    task, out = Run("l1_ae", "awgn-0.5-none", 0), tmp_path / "o"
+    assert not training.finished(task, SMALL, data, out)
+    training.run(task, SMALL, data, out, tmp_path / "s", "cpu")
+    assert training.finished(task, SMALL, data, out)
+    assert not training.finished(task, replace(SMALL, eta_g=0.02), data, out)
+    assert not training.finished(replace(task, seed=1), SMALL, data, out)
+    (out / task.folder / "generator.safetensors").unlink()
+    assert not training.finished(task, SMALL, data, out)
 
 
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
