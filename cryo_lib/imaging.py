@@ -265,8 +265,10 @@ def project(
         slices *= move_x[part, None, :]
         images[part] = scipy.fft.irfft2(slices, s=(size, size), overwrite_x=True)[:, :n, :n]
 
+    first, *others = [slice(start, start + batch) for start in range(0, len(rotations), batch)]
+    fill(first)  # alone: in finufft 2.5 two first calls of a process at once can crash it, in a table that they fill
     with ThreadPoolExecutor(threads) as pool:  # one thread a batch: the result does not depend on their number
-        list(pool.map(fill, [slice(start, start + batch) for start in range(0, len(rotations), batch)]))
+        list(pool.map(fill, others))
     return images
 
 

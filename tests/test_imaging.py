@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import gemmi
@@ -628,3 +629,22 @@ def test_odd_boxes_keep_their_centre():
         y, x = np.unravel_index(imaging.resample(image, 1.0, n, to)[0].argmax(), (n, n))
         assert (y, x) == ((n + 1) // 2,) * 2
 
+
+
+def test_the_first_transform_of_a_projection_is_alone(monkeypatch):
+    """Two at once can crash a process whose finufft has not been called before."""
+    transform, spans = imaging.finufft.nufft3d2, []
+
+    def watched(*arguments, **options):
+        started = time.monotonic()
+        time.sleep(0.05)
+        found = transform(*arguments, **options)
+        spans.append((started, time.monotonic()))
+        return found
+
+    monkeypatch.setattr(imaging.finufft, "nufft3d2", watched)
+    volume = np.random.default_rng(0).random((8, 8, 8), np.float32)
+    imaging.project(volume, imaging.random_rotations(12, 0), batch=2, threads=4)
+    (_, first_ended), *others = sorted(spans)
+    assert len(others) == 5 and all(started >= first_ended for started, _ in others)
+    assert others[1][0] < others[0][1], "the others run side by side"
