@@ -1,8 +1,9 @@
-"""The trainings of a scale one by one, as the tasks of a cluster's job array: papermill alone, without DVC and its lock.
+"""The trainings of a scale one by one, without DVC and its lock: as the tasks of a job array, or in pieces on one GPU.
 
 python -m cryo_lib.cluster list [STUDY...]       every training, its index, and whether it is finished
 python -m cryo_lib.cluster missing [STUDY...]    the indices of those that are not, as `sbatch --array` takes them
-python -m cryo_lib.cluster run INDEX             one training
+python -m cryo_lib.cluster run INDEX             one training, by papermill
+python -m cryo_lib.cluster train [PATTERN...]    those that are not finished, without papermill, as far as --minutes allow
 python -m cryo_lib.cluster stages [STUDY...]     their stages in dvc.yaml, once all are finished; stops where one is not
 python -m cryo_lib.cluster data [STUDY...]       the stages that make what they train on
 """
@@ -10,12 +11,18 @@ python -m cryo_lib.cluster data [STUDY...]       the stages that make what they 
 from __future__ import annotations
 
 import argparse
+import math
+import shutil
 import sys
+import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cryo_lib import notebooks, training
-from cryo_lib.experiments import Run, expand, read_scale
+from cryo_lib import models, notebooks, training
+from cryo_lib.experiments import Dataset, Run, expand, read_scale
+
+SCRATCH = Path(".scratch")
 
 
 def tasks(params: dict[str, Any]) -> list[tuple[str, Run]]:
@@ -43,14 +50,64 @@ def parameters(params: dict[str, Any], study: str, run: Run) -> dict[str, Any]:
     return given | settings | one
 
 
+def settings_of(params: dict[str, Any], study: str, run: Run) -> training.Settings:
+    """The settings of one training, its variant's changes made."""
+    given = parameters(params, study, run)
+    settings = training.Settings(**{name: given[name] for name in training.Settings.__dataclass_fields__})
+    return training.varied(settings, run.variant, given["variants"])
+
+
+def folders(params: dict[str, Any], study: str) -> tuple[Path, Path]:
+    """Where a study's pairs lie, and where its runs go."""
+    dataset = "ribosome" if study in params["particle_studies"] else "rnap"
+    return Path("data", params["scale"], dataset), Path("runs", params["scale"], study)
+
+
 def finished(params: dict[str, Any], study: str, run: Run) -> bool:
     """Whether a training has been made, by these very settings, data and code."""
-    given = parameters(params, study, run)
-    data = Path("data", params["scale"], given["dataset"])
-    if not (data / "card.json").is_file():
-        return False
-    settings = training.Settings(**{name: given[name] for name in training.Settings.__dataclass_fields__})
-    return training.finished(run, training.varied(settings, run.variant, given["variants"]), data, Path("runs", params["scale"], study))
+    data, out = folders(params, study)
+    return (data / "card.json").is_file() and training.finished(run, settings_of(params, study, run), data, out)
+
+
+def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run]]:
+    """The tasks whose folders, as `list` prints them, match the patterns (* is anything), pattern by pattern, each once.
+
+    ValueError for a pattern that none matches.
+    """
+    names = {task: f"{task[0]}/{task[1].folder.as_posix()}" for task in tasks(params)}
+    found: dict[tuple[str, Run], None] = {}
+    for pattern in patterns or ["*"]:
+        matching = [task for task, name in names.items() if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(f"pattern: expected one of trainings such as {next(iter(names.values()))}, got {pattern!r}; see `list`")
+        found |= dict.fromkeys(matching)
+    return list(found)
+
+
+def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf, device: str = "auto") -> int:
+    """Train what is not finished, in the order of the patterns, for so many minutes; how many trainings are left.
+
+    The one under way when the time is up stops at its next line of metrics, and goes on from there at the next call. A
+    training that breaks is told of and counts as left; the others go on.
+    """
+    until, left = time.monotonic() + 60 * minutes, 0
+    for study, run in in_order(params, patterns):
+        if finished(params, study, run):
+            continue
+        data, out = folders(params, study)
+        settings, done = settings_of(params, study, run), None
+        if time.monotonic() < until:
+            print(f"{study}/{run.folder.as_posix()}", flush=True)
+            try:
+                done = training.run(run, settings, data, out, SCRATCH, device, until=until)
+            except training.TrainingError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+        if done:
+            print(f"  PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
+            configuration = training.configuration_of(run, settings, Dataset(data), models.pick_device(device))
+            shutil.rmtree(training.state_of(SCRATCH, configuration), ignore_errors=True)
+        left += not done
+    return left
 
 
 def ranges(indices: list[int]) -> str:
@@ -107,11 +164,18 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("list", "missing", "stages", "data"):
         commands.add_parser(name).add_argument("studies", nargs="*")
     commands.add_parser("run").add_argument("index", type=int)
+    piece = commands.add_parser("train")
+    piece.add_argument("patterns", nargs="*", metavar="PATTERN")
+    piece.add_argument("--minutes", type=float, default=math.inf)
+    piece.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     try:
         params = read_scale("params.yaml")
         if options.command == "run":
             print(train(params, options.index))
+        elif options.command == "train":
+            left = work(params, options.patterns, options.minutes, options.device)
+            print(f"{left} trainings left" + (": call again" if left else ""))
         elif options.command == "stages":
             print(*stages(params, options.studies))
         elif options.command == "data":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cryo_lib import checks, imaging, models
+from cryo_lib import checks, imaging, models, parallel
 from cryo_lib.particles import ParticleStack, contrast_of, write
 
 PRINT_EVERY = 10  # seconds between lines of progress
@@ -24,9 +25,13 @@ def denoise_stack(
     out: str | Path,
     *,
     batch_size: int = 100,
+    precision: str = "float32",
     progress: bool = False,
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
+
+    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn, each on
+    its own GPU, and the first one writes.
 
     Parameters
     ----------
@@ -35,6 +40,7 @@ def denoise_stack(
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only the
         image reference changes.
+    precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
     Returns
@@ -58,24 +64,38 @@ def denoise_stack(
 
     def denoised() -> Iterator[np.ndarray]:
         started = printed = time.monotonic()
-        for start in range(0, len(stack), batch_size):
-            if progress and time.monotonic() - printed > PRINT_EVERY:
-                printed = time.monotonic()
-                print(f"{start} of {len(stack)} images, {start / (printed - started):.0f} a second", flush=True)
-            part = slice(start, start + batch_size)
-            y = stack.images[part]
-            x_hat = np.empty_like(y)
-            for half, each in model.items():
-                chosen = half_sets[part] == half
-                if chosen.any():
-                    x_hat[chosen] = _apply(each, y[chosen], batch_size)
-            yield x_hat
+        mine = batch_size * parallel.rank()
+        starts = range(0, len(stack), batch_size * parallel.size())
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(stack.images.__getitem__, slice(mine, mine + batch_size))]
+            for start in starts:
+                if progress and parallel.rank() == 0 and time.monotonic() - printed > PRINT_EVERY:
+                    printed = time.monotonic()
+                    print(f"{start} of {len(stack)} images, {start / (printed - started):.0f} a second", flush=True)
+                y, part = ahead.pop().result(), slice(start + mine, start + mine + batch_size)
+                following = slice(part.start + starts.step, part.stop + starts.step)
+                ahead.append(reader.submit(stack.images.__getitem__, following))
+                x_hat = np.empty_like(y)
+                for half, each in model.items():
+                    chosen = half_sets[part] == half
+                    if chosen.any():
+                        x_hat[chosen] = _apply(each, y[chosen], batch_size, precision)
+                yield from parallel.in_order(x_hat, batch_size)
 
-    return write(out, denoised(), like=stack)
+    if parallel.rank():
+        for _ in denoised():
+            pass
+    return parallel.from_first(lambda: write(out, denoised(), like=stack))
 
 
 def fit(
-    model: torch.nn.Module, card: Mapping[str, Any], stack: ParticleStack, *, resize: str = "none", contrast: str | None = None
+    model: torch.nn.Module,
+    card: Mapping[str, Any],
+    stack: ParticleStack,
+    *,
+    resize: str = "none",
+    contrast: str | None = None,
+    precision: str = "float32",
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return a denoiser of a stack's own images by a network that was trained on others, for `denoise_stack`.
 
@@ -90,6 +110,7 @@ def fit(
     resize : what may be done to images of another size: "none"; "crop", the middle of a larger box of the same pixel
         size is denoised; "rescale", images of any box and pixel size are resampled.
     contrast : "bright" or "dark" particles, the latter inverted; None takes them for bright where they prove to be.
+    precision : of the network's passes, as in `models.denoise_images`.
 
     Returns
     -------
@@ -117,7 +138,8 @@ def fit(
 
     def denoise(images: np.ndarray) -> np.ndarray:
         y = imaging.standardise(images, own, size, scale, contrast)
-        x_hat = models.denoise_images(model, y * np.float32(background["sd"]) + np.float32(background["mean"]))
+        y = y * np.float32(background["sd"]) + np.float32(background["mean"])
+        x_hat = models.denoise_images(model, y, precision=precision)
         level = imaging.background(x_hat)[0][:, None, None].astype(np.float32)
         return imaging.resample(x_hat - level, scale, box, own) + level
 
@@ -133,5 +155,7 @@ def _check_size(model: Denoiser, stack: ParticleStack) -> None:
         )
 
 
-def _apply(model: Denoiser, y: np.ndarray, batch_size: int) -> np.ndarray:
-    return models.denoise_images(model, y, batch_size) if isinstance(model, torch.nn.Module) else model(y)
+def _apply(model: Denoiser, y: np.ndarray, batch_size: int, precision: str) -> np.ndarray:
+    if isinstance(model, torch.nn.Module):
+        return models.denoise_images(model, y, batch_size, precision=precision)
+    return model(y)

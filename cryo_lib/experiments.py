@@ -21,7 +21,7 @@ MEASURED = "measured"  # the protocol of images that are noisy as they were take
 KEYS = {
     "scale", "structure", "data", "baselines", "studies", "supplement_studies", "study", "train",
     "export", "reconstruct", "relion", "assign",
-    "particles", "pairs", "particle_studies", "particle_train", "denoise",
+    "particles", "pairs", "particle_studies", "particle_train", "denoise", "weights",
 }  # fmt: skip
 
 
@@ -121,8 +121,8 @@ class Dataset:
         return np.load(self._file("volumes.npy"))
 
     def clean(self, split: str) -> np.ndarray:
-        """The references of a split, `(n, h, w)` float32 in [0, 1]."""
-        return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"))
+        """The references of a split, `(n, h, w)` float32 in [0, 1], mapped from their file."""
+        return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"), mmap_mode="c")
 
     def pairs(self, split: str, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
         """References and noisy images of a split, Eq. (1): the same for every run, with noise of its own for each split.
@@ -131,7 +131,7 @@ class Dataset:
         """
         x = self.clean(split)
         if experiment.protocol == MEASURED:
-            y = np.load(self._file(f"y_{split}.npy"))
+            y = np.load(self._file(f"y_{split}.npy"), mmap_mode="c")
         else:
             seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
             y = imaging.add_noise(x, experiment.snr, seed, experiment.protocol)
@@ -242,14 +242,14 @@ def read_scale(path: str | Path) -> dict[str, Any]:
         trained = {f"{study}/{run.folder}" for study, grid in params["study"].items() for run in expand(grid)}
         if missing := [name for name in _used(params) if name not in trained]:
             names = ", ".join(missing)
-            raise ValueError(f"export, assign and denoise use runs that no study makes: {names}; add them to a study")
+            raise ValueError(f"export, assign, denoise and weights use runs that no study makes: {names}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params
 
 
 def _used(params: dict[str, Any]) -> Iterator[str]:
-    """The runs, `study/method/experiment/seed`, that the sections `export`, `assign` and `denoise` ask for."""
+    """The runs, `study/method/experiment/seed`, that the sections `export`, `assign`, `denoise` and `weights` ask for."""
     export, assign = params["export"], params["assign"]
     halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
     for name in (*export["stack_runs"], *halves):
@@ -260,6 +260,9 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
     for checkpoints in params["denoise"].values():
         for path in filter(None, checkpoints.values()):
             yield str(Path(path).parent.relative_to(f"runs/{params['scale']}"))
+    weights = params["weights"]
+    for seed in params["study"].get(weights["weights_study"], {}).get("seeds") or [0]:
+        yield f"{weights['weights_study']}/{weights['weights_method']}/{weights['weights_experiment']}/seed{seed}"
 
 
 def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:

@@ -19,11 +19,17 @@ def _power_coefficients(c: float, degree: int = 16) -> tuple[float, ...]:
     return tuple(fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef)
 
 
+@lru_cache(maxsize=None)
+def _terms(a: float, c: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coefficients and decay rates of the integral's terms, on the device once: a step must not copy from the host."""
+    coefficients = _power_coefficients(c)
+    rates = [a + k for k in range(len(coefficients))]
+    return torch.tensor(coefficients, dtype=dtype, device=device), torch.tensor(rates, dtype=dtype, device=device)
+
+
 def _integral_from_zero(r: Tensor, a: float, c: float) -> Tensor:
     """Integral of exp(-a s) (1 + exp(-s))^(-c) over s from 0 to r >= 0, term by term of the polynomial in exp(-s)."""
-    coefficients = _power_coefficients(c)
-    p = r.new_tensor(coefficients)
-    rate = r.new_tensor([a + k for k in range(len(coefficients))])
+    p, rate = _terms(a, c, r.dtype, r.device)
     r = r.unsqueeze(-1)
     terms = torch.where(rate == 0, r, -torch.expm1(-rate * r) / torch.where(rate == 0, 1.0, rate))
     return (p * terms).sum(-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cryo_lib import checks, pggan
+from cryo_lib import checks, parallel, pggan
 from cryo_lib.files import atomic, write_json
 
 
@@ -258,17 +260,47 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+PRECISIONS = ("float32", "tf32", "bf16")  # of the networks' passes: IEEE single, its products at 10 bits, or 7 bits throughout
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str) -> Iterator[None]:
+    """How a GPU multiplies float32 numbers within: exactly for "float32", rounded to tf32 for the other `PRECISIONS`."""
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee" if checks.choice("precision", precision, PRECISIONS) == "float32" else "tf32"
+        yield
+    finally:
+        for kind, value in zip(kinds, before):
+            kind.fp32_precision = value
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """For one forward pass: convolutions in bfloat16 where `precision` is "bf16", as they are otherwise.
+
+    Weights are cast anew in each pass, since a step of the optimiser may lie between two.
+    """
+    if precision != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
 
-    A GPU that is in the machine but that torch cannot use is warned of.
+    Of several processes that torchrun started, each takes a GPU of its own. A GPU that is in the machine but that torch cannot use is warned of.
     """
     if device != "auto":
         chosen = torch.device(device)
+        if chosen.type == "cuda" and chosen.index is None:
+            torch.cuda.set_device(parallel.local_rank())
         torch.zeros(1, device=chosen)
         return chosen
     if torch.cuda.is_available():
         try:
+            torch.cuda.set_device(parallel.local_rank())
             (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
             return torch.device("cuda")
         except RuntimeError as error:
@@ -282,16 +314,22 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 @torch.no_grad()
-def denoise_images(model: torch.nn.Module, y: Any, batch_size: int = 100, batch_statistics: bool = False) -> np.ndarray:
+def denoise_images(
+    model: torch.nn.Module, y: Any, batch_size: int = 100, batch_statistics: bool = False, precision: str = "float32"
+) -> np.ndarray:
     """`G(y)` of images `(n, h, w)` in batches, as float32 numpy; the model is left as it was.
 
     In eval mode, with batch norm's stored statistics; or with `batch_statistics` those of each batch, as the authors'
-    scripts do, so that an image's result depends on its batch.
+    scripts do, so that an image's result depends on its batch. `precision` as in `PRECISIONS`: "bf16" is up to several
+    times faster, and its images differ by about 1 % of their range at most.
     """
     device = next(model.parameters()).device
     was_training = model.training
     chosen = copy.deepcopy(model).train() if batch_statistics else model.eval()
-    out = [chosen(batch.unsqueeze(1).to(device)).squeeze(1).cpu() for batch in torch.as_tensor(y).split(batch_size)]
+    out = []
+    with arithmetic(precision), autocast(device, precision):
+        for batch in torch.as_tensor(y).split(batch_size):
+            out.append(chosen(batch.unsqueeze(1).to(device)).squeeze(1).to(batch.dtype).cpu())
     model.train(was_training)
     return torch.cat(out).numpy()
 

@@ -1,6 +1,7 @@
 """Notebooks as pipeline stages: run with checked parameters, export their code, keep them free of outputs.
 
 python -m cryo_lib.notebooks run NOTEBOOK OUT [-p name value]... [-s section]... [--params params.yaml]
+python -m cryo_lib.notebooks script NOTEBOOK [-p name value]... [-s section]... [--params params.yaml]
 python -m cryo_lib.notebooks export NOTEBOOKS BUILD
 python -m cryo_lib.notebooks strip NOTEBOOK...
 python -m cryo_lib.notebooks report [--params params.yaml]
@@ -81,10 +82,20 @@ def section(params: dict[str, Any], dotted: str) -> dict[str, Any]:
     return value
 
 
+def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.NotebookNode:
+    """A notebook that takes these parameters; NotebookError where there is none or it does not."""
+    if not path.is_file():
+        raise NotebookError(f"{path}: no such notebook; there are {', '.join(map(str, sorted(path.parent.glob('*.ipynb'))))}")
+    notebook = nbformat.read(path, as_version=4)
+    check_parameters(path.name, declared(notebook, path.name), parameters, complete)
+    return notebook
+
+
 def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], complete: bool = False) -> Path:
     """Execute `notebook` with papermill and `parameters`, streaming what it prints; the executed copy goes to `out`.
 
-    `complete` as in `check_parameters`.
+    `complete` as in `check_parameters`. Of several processes that torchrun started, each executes it, and their kernels work
+    together where the library does; the copies of all but the first have their number in their names.
 
     Raises
     ------
@@ -96,9 +107,9 @@ def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], compl
     from papermill.exceptions import PapermillExecutionError
 
     notebook, out = Path(notebook), Path(out)
-    if not notebook.is_file():
-        raise NotebookError(f"{notebook}: no such notebook; there are {', '.join(map(str, sorted(notebook.parent.glob('*.ipynb'))))}")
-    check_parameters(notebook.name, declared(nbformat.read(notebook, as_version=4), notebook.name), parameters, complete)
+    _read(notebook, parameters, complete)
+    if rank := int(os.environ.get("RANK", 0)):
+        out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
@@ -108,6 +119,21 @@ def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], compl
     except PapermillExecutionError as error:
         raise NotebookError(f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {out})") from error
     return out
+
+
+def script(notebook: str | Path, parameters: dict[str, Any], complete: bool = False) -> dict[str, Any]:
+    """Execute a notebook's code in this process, without papermill and Jupyter; the names it leaves.
+
+    `complete` as in `check_parameters`, which says what is raised; so is whatever a cell raises.
+    """
+    os.environ.setdefault("MPLBACKEND", "agg")
+    notebook, names = Path(notebook), {"__name__": "__main__"}
+    cells = [cell for cell in _read(notebook, parameters, complete).cells if cell.cell_type == "code"]
+    for i, cell in enumerate(cells, 1):
+        exec(compile(cell.source, f"{notebook.name}, code cell {i}", "exec"), names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= parameters
+    return names
 
 
 def export(notebooks: str | Path, build: str | Path) -> list[Path]:
@@ -158,12 +184,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all went well."""
     parser = argparse.ArgumentParser(prog="python -m cryo_lib.notebooks", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("run", help="execute a notebook with checked parameters")
-    command.add_argument("notebook")
-    command.add_argument("out")
-    command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, VALUE as YAML")
-    command.add_argument("-s", action="append", default=[], metavar="SECTION", help="all parameters of a section, such as study.table1; then none may be missing")
-    command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
+    for name, what in (("run", "execute a notebook with checked parameters"), ("script", "the same in this process, without Jupyter")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("notebook")
+        if name == "run":
+            command.add_argument("out")
+        command.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, VALUE as YAML")
+        command.add_argument("-s", action="append", default=[], metavar="SECTION", help="all parameters of a section, such as study.table1; then none may be missing")
+        command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
     command = commands.add_parser("export", help="write each notebook's code to a .py file")
     command.add_argument("notebooks")
     command.add_argument("build")
@@ -173,12 +201,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--params", default="params.yaml", help="the parameter file that names the scale")
     options = parser.parse_args(arguments)
     try:
-        if options.command == "run":
+        if options.command in ("run", "script"):
             parameters: dict[str, Any] = {}
             for name in options.s:
                 parameters |= section(yaml.safe_load(Path(options.params).read_text()), name)
             parameters |= {name: yaml.safe_load(value) for name, value in options.p}
-            run(options.notebook, options.out, parameters, complete=bool(options.s))
+            out = (options.out,) if options.command == "run" else ()
+            (run if out else script)(options.notebook, *out, parameters, complete=bool(options.s))
         elif options.command == "export":
             export(options.notebooks, options.build)
         elif options.command == "report":

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cryo_lib import checks
+from cryo_lib import checks, parallel
 
 GROWTH = 0.5  # share of the training over which levels are added; from then on the networks are whole
 
@@ -176,5 +176,6 @@ class Discriminator(Growing):
     def forward(self, x: Tensor) -> Tensor:
         """Images `(n, 1, h, h)` to scores `(n, 1, 1, 1)`."""
         features = self._lowest(x)
-        deviation = torch.sqrt(features.var(dim=0, unbiased=False) + 1e-8).mean()
+        _, variance, _ = parallel.moments(features, (0,))
+        deviation = torch.sqrt(variance + 1e-8).mean()
         return self.last(torch.cat([features, deviation.expand(len(features), 1, *features.shape[2:])], dim=1))

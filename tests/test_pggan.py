@@ -122,11 +122,8 @@ def test_it_grows_and_learns_in_the_one_training_loop(method):
     settings = Settings(architecture="pggan", width=2, epochs=25, batch_size=8, lam=100.0, beta1=0.0, beta2=0.99, eta_g=3e-3)
     trainer = Trainer(losses.METHODS[method], settings, lambda epoch: (x, y), 0, torch.device("cpu"))
     before = [p.detach().clone() for p in trainer.generator.parameters()]
-    for epoch in range(settings.epochs):
-        for batch in trainer.epoch_batches(epoch):
-            trainer.step(trainer.x[batch], trainer.y[batch])
-            trainer.iteration += 1
+    trainer.advance(trainer.iterations)
     assert all(not torch.equal(a, b) for a, b in zip(before, trainer.generator.parameters()))
     with torch.no_grad():
-        error = (trainer.generator(trainer.y) - trainer.x).square().mean().item()
+        error = (trainer.generator(torch.as_tensor(y)[:, None])[:, 0] - torch.as_tensor(x)).square().mean().item()
     assert pggan.at(trainer.generator.progress, 3) == (2, 1.0) and error < 0.02 < np.square(y - x).mean()
