@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup repro test lab clean
+.PHONY: setup repro gpu test bench lab clean
 
 setup: $(VENV)/.ready
 
@@ -22,8 +22,21 @@ repro: setup
 	@python -m cryo_lib.tables
 	@python -m cryo_lib.notebooks report
 
+# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped. See README.md.
+MINUTES ?= 9
+ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
+gpu: setup
+	dvc repro projections
+	python -m cryo_lib.cluster train --minutes $(MINUTES) $(ORDER)
+
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+
+# Topaz-Denoise (GPL-3.0) is what denoising is measured against: in a folder of its own, and no dependency.
+bench: setup
+	@test -d build/topaz/topaz || pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0 \
+		|| echo "Topaz-Denoise could not be installed: its row will say so"
+	python -m benchmarks
 
 lab: setup
 	jupyter lab

@@ -177,3 +177,43 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     lost.unlink()
     refused = subprocess.run("python -m cryo_lib.cluster stages table1", shell=True, capture_output=True, text=True, **here)
     assert refused.returncode == 1 and "1 of 4 trainings are not finished: " in refused.stderr
+
+
+ABSENT = (
+    "dvc", "papermill", "IPython", "ipykernel", "nbclient", "jupyterlab", "mrcfile", "starfile", "skimage", "sklearn", "aspire", "bm3d",
+    "dictlearn",
+)  # fmt: skip
+
+
+def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path):
+    """No DVC, Jupyter, papermill and so on: the data are made, then trainings in the order asked for; what is finished stays."""
+    for name in ("cryo_lib", "notebooks", "cluster"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs"))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copy(ROOT / "scales/ci.yaml", tmp_path / "params.yaml")
+    (tmp_path / "build/wheels/site").mkdir(parents=True)
+    (tmp_path / "build/wheels/site/sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'build/wheels/site'}", "CUDA_VISIBLE_DEVICES": ""}
+    make = f"{sys.executable} -m cryo_lib.notebooks script notebooks/00_prepare_structures.ipynb -p scale ci -s structure"
+    run(make, cwd=tmp_path, env=environment)
+    printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    (left,) = [int(line.split()[0]) for line in printed.splitlines() if "trainings left: call again" in line]
+    assert left > 0 and (tmp_path / "data/ci/rnap/card.json").is_file() and not (tmp_path / "runs").exists()
+    printed = run("cluster/piece.sh 9 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    assert printed.splitlines()[-1] == "0 trainings left"
+    made = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("runs/ci/table1/**/generator.safetensors")}
+    assert len(made) == left and {path.parents[1].name for path in made} == {"l1_ae"} and not list((tmp_path / ".scratch").iterdir())
+    printed = run("cluster/piece.sh 9 'table1/beta_05_05_l1/awgn-0.1-none/*' 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    assert [line for line in printed.splitlines() if line.startswith("table1/l1_ae")] == []
+    assert all(path.joinpath("generator.safetensors").stat().st_mtime_ns == time_ for path, time_ in made.items())
+    refused = subprocess.run(f"{sys.executable} -m cryo_lib.cluster train 'tabel1/*'", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1 and "pattern: expected one of trainings such as table1/" in refused.stderr
+
+
+def test_trainings_come_in_the_order_of_the_patterns_each_once():
+    params = read_scale(ROOT / "scales" / "paper.yaml")
+    found = cluster.in_order(params, ["table1/*/awgn-0.05-none/seed0", "table1/*/seed0", "contamination/beta*/seed1"])
+    assert [run.experiment for _, run in found[:6]] == ["awgn-0.05-none"] * 6 and len(found) == 12 + 2 * 9
+    assert {study for study, _ in found[:12]} == {"table1"} and all(run.seed == 0 for _, run in found[:12])
+    assert cluster.in_order(params, []) == cluster.tasks(params)

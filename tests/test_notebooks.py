@@ -1,6 +1,7 @@
 """Notebooks run with the parameters they declare and no others; committed ones are clean."""
 
 import ast
+import sys
 from pathlib import Path
 
 import nbformat
@@ -29,6 +30,16 @@ def test_a_run_injects_parameters_and_streams_output(notebook, capfd):
     out = notebooks.run(notebook, notebook.parent / "deep" / "out.ipynb", {"n": 4})
     assert "n is 4" in capfd.readouterr().out
     assert "0.25" in str(nbformat.read(out, as_version=4).cells[-1].outputs)
+
+
+def test_a_script_is_the_same_code_in_this_process(notebook, capsys, monkeypatch):
+    """With the parameters checked and injected alike, and without papermill."""
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    names = notebooks.script(notebook, {"n": 5})
+    assert names["n"] == 5 and "n is 5" in capsys.readouterr().out
+    with pytest.raises(NotebookError, match="unknown parameter 'm'"):
+        notebooks.script(notebook, {"m": 5})
+    assert notebooks.main(["script", str(notebook), "-p", "n", "6"]) == 0 and "n is 6" in capsys.readouterr().out
 
 
 def test_a_failing_cell_is_one_line_with_the_way_to_it(notebook, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAIRS = 11  # minibatches of 4, 4 and 3: of the last one the processes have 2 and 1
 
 
-def torchrun(program, *arguments, processes=2):
-    """Run a Python program in two processes that work together, on the CPU by gloo; what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), program, *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, timeout=300, cwd=ROOT)
+def torchrun(*words, cwd=ROOT):
+    """Run a Python program (or -m and a module) in two processes that work together, on the CPU by gloo; what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(cwd)}
+    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -159,6 +160,26 @@ def test_a_grid_by_two_processes_writes_what_one_writes_once(script, tmp_path):
     one, two = (json.loads((tmp_path / name / task.folder / "generator.json").read_text()) for name in ("one", "two"))
     assert one["validation"]["psnr"] == pytest.approx(two["validation"]["psnr"], abs=0.1)
     assert one | {"validation": 0} == two | {"validation": 0} and not list((tmp_path / "two" / "scratch").iterdir())
+
+
+def test_notebooks_train_together_and_leave_a_copy_each(tmp_path):
+    """Notebook 03 by papermill in two processes: their kernels make one training, which the first one writes."""
+    rng, root = np.random.default_rng(0), tmp_path / "copy"
+    for name in ("cryo_lib", "notebooks"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "dvc.yaml", root)
+    data = root / "data/laptop/rnap"
+    data.mkdir(parents=True)
+    for split, n in (("train", 12), ("val", 4)):
+        np.save(data / f"x_{split}.npy", rng.random((n, 32, 32), np.float32))
+    (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 4.0}))
+    given = {"methods": "[js_l1]", "width": "2", "batch_size": "4", "calibration": "12", "eta_g": "1.0e-3", "device": "cpu"}
+    words = [word for name, value in given.items() for word in ("-p", name, value)]
+    notebook, out = root / "notebooks/03_train_networks.ipynb", root / "executed/03.ipynb"
+    printed = torchrun("-m", "cryo_lib.notebooks", "run", notebook, out, *words, cwd=root)
+    assert "by 2 processes together" in printed
+    assert sorted(path.name for path in out.parent.iterdir()) == ["03.1.ipynb", "03.ipynb"]
+    assert len(list(root.glob("runs/laptop/try/**/generator.safetensors"))) == 1
 
 
 DENOISE = """
