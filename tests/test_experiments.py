@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryo_lib import experiments, training
+from cryo_lib import cluster, experiments, models, training
 from cryo_lib.experiments import Dataset, Experiment, Run, expand, read_scale
 from cryo_lib.losses import METHODS
 
@@ -154,6 +154,18 @@ def test_the_paper_scale_holds_the_papers_numbers():
     assert set(params["export"]["stack_runs"]) <= set(params["relion"]["relion_stacks"])
 
 
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_the_network_to_be_shipped_fits_git_and_is_shown_its_own_pairs(path):
+    params = read_scale(path)
+    weights = params["weights"]
+    run = Run(weights["weights_method"], weights["weights_experiment"], 0)
+    given = cluster.parameters(params, weights["weights_study"], run)
+    assert given["dataset"] == weights["weights_dataset"]
+    size = params["pairs" if given["dataset"] == "ribosome" else "data"]["image_size"]
+    count = models.parameter_count(models.GENERATORS[given["architecture"]](size, given["width"]))
+    assert 2 * count < 0.95e6 * weights["weights_limit"] < 10e6
+
+
 def test_bad_parameter_files_are_named(tmp_path):
     path = tmp_path / "params.yaml"
     with pytest.raises(FileNotFoundError, match="expected the file .*params.yaml, found nothing; copy one of scales"):
@@ -174,6 +186,8 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("[clipped-0.1-none]", "[measured-none]", "study clipped: expected the noise one of awgn, clipped, got measured-none"),
         ("figure4/beta_05_05_l1/m", "figure4/beta/m", "use runs that no study makes: figure4/beta/measured-none/seed0"),
         ("stack_runs: [table1/beta_05_05_l1", "stack_runs: [clipped/l2_ae", "use runs that no study makes: clipped/l2_ae/awgn-0.1-none/seed0"),
+        ("weights_study: figure4", "weights_study: figure5", "weights use runs that no study makes: figure5/beta_05_05_l1/measured-none/seed0"),
+        ("weights_study: figure4", "weights_study: table1", "no study makes: table1/beta_05_05_l1/measured-none/seed0, table1/.*/seed1"),
     ]:
         assert old in laptop
         path.write_text(laptop.replace(old, new))

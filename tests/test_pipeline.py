@@ -13,9 +13,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from cryo_lib import imaging, models, notebooks, particles, reconstruction
+from safetensors.torch import load_file, save_file
+
+from cryo_lib import denoising, imaging, models, notebooks, particles, reconstruction
 from cryo_lib.experiments import SPLITS, Dataset, read_scale
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +97,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     differing = {k for k, v in given.items() if v is not None and v != known[k]} - {"methods", "experiments", "seeds"}
     if name == "train_particles":
         differing -= set(params["particle_train"])
+    if name == "denoise":
+        differing -= {"checkpoint"}  # a reader's default is the network that lies in git; the pipeline takes its own, as trained
     assert not differing
 
 
@@ -159,6 +164,7 @@ def test_the_ci_scale_makes_every_output(ci_run):
             for study in read_scale(ci_run / "params.yaml")[listed]:
                 for network in ("figure4", "halves"):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
+                    made = made.replace("${weights.weights_method}", "beta_05_05_l1")
                     assert (ci_run / made).exists(), made
     assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2 + 8
 
@@ -258,6 +264,50 @@ def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_bo
             expected = models.denoise_images(model, y.astype(np.float32))
             np.testing.assert_allclose(denoised.images[rows][:, 6:70, 6:70], expected, atol=1e-4)
             assert np.ptp(denoised.images[rows][:, :6], axis=(1, 2)).max() < 1e-5
+
+
+def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run, tmp_path):
+    """A second seed of a better card is taken, whatever its weights do; what 16 bits do not hold, or git should not, is refused."""
+    folder = tmp_path / "shipped"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "executed", "denoised*", "maps"))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["study"]["figure4"]["seeds"] = [0, 1]
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for method in params["study"]["figure4"]["methods"]:
+        shutil.copytree(*(folder / f"runs/ci/figure4/{method}/measured-none/seed{seed}" for seed in (0, 1)))
+    path = folder / "runs/ci/figure4/beta_05_05_l1/measured-none/seed1/generator.safetensors"
+    model, card = models.load(path)
+    first = next(iter(dict(model.named_parameters())))
+    model.get_parameter(first).data.mul_(1.5)
+    card["validation"]["psnr"] += 1
+    models.save(path, model, card)
+    done = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    shipped = folder / "weights/ci/beta_05_05_l1.safetensors"
+    stored, made = load_file(shipped), json.loads(shipped.with_suffix(".json").read_text())
+    assert made == card | {"dtype": "float16", "from": "figure4/beta_05_05_l1/measured-none/seed1"}
+    for name, value in model.state_dict().items():
+        assert stored[name].dtype == (value.half().dtype if value.is_floating_point() else value.dtype)
+        assert torch.equal(stored[name], value.to(stored[name].dtype)), name
+    before = shipped.read_bytes()
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_limit", "0.01")
+    assert f"expected a file of at most 0.01 MB, since it lies in git, got {len(before) / 1e6:.3g} MB" in refused.stderr
+    values = load_file(path)
+    values[first].view(-1)[0] = 1e5
+    save_file(values, path)
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    assert "expected values that 16 bits hold to one part in 2048, got 1 of" in refused.stderr and first in refused.stderr
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_dataset", "rnap")
+    assert "weights_dataset: expected the pairs that" in refused.stderr
+    assert shipped.read_bytes() == before
+
+
+def test_the_shipped_network_denoises_a_stack_as_its_own_run_with_rounded_weights(ci_run):
+    stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
+    model, card = models.load(ci_run / "runs/ci/figure4/beta_05_05_l1/measured-none/seed0/generator.safetensors")
+    shipped = models.load(ci_run / "weights/ci/beta_05_05_l1.safetensors")
+    denoised, expected = (denoising.fit(*each, stack, resize="crop")(stack.images[:9]) for each in (shipped, (model.half().float(), card)))
+    np.testing.assert_array_equal(denoised, expected)
 
 
 def test_no_particle_that_trained_a_network_is_tested_or_reconstructed(ci_run):

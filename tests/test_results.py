@@ -1,17 +1,22 @@
 """What the committed laptop results must show, by paired tests over the test images."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 from scipy import stats
 
-from cryo_lib import tables
+from cryo_lib import models, tables
 from cryo_lib.experiments import expand, read_scale
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "laptop"
+SHIPPED = ROOT / "weights" / "laptop" / "beta_05_05_l1.safetensors"
+needs_weights = pytest.mark.skipif(not SHIPPED.is_file(), reason="no weights/laptop yet: `dvc repro weights`")
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +193,34 @@ def test_pure_noise_for_a_reference_harms_l2_more_than_any_wrong_projection(supp
     runs = pd.read_csv(RESULTS / "metrics.csv")
     noise = runs[(runs["method"] == "l2_ae") & (runs["experiment"] == "awgn-0.1-A_0.3")]["mse"].mean()
     assert len(harder) == 4 and (noise > 2 * harder).all()
+
+
+@needs_weights
+def test_the_shipped_network_is_a_16_bit_file_of_at_most_10_mb_that_loads():
+    assert SHIPPED.stat().st_size <= 10e6
+    stored = load_file(SHIPPED)
+    assert {value.dtype for value in stored.values()} == {torch.float16, torch.int64}
+    assert all(name.endswith("num_batches_tracked") for name, value in stored.items() if value.dtype == torch.int64)
+    model, card = models.load(SHIPPED)
+    params = read_scale(ROOT / "scales" / "laptop.yaml")
+    assert card["dtype"] == "float16" and card["image_size"] == params["pairs"]["image_size"] and "failed" not in card
+    weights, run = params["weights"], card["run"]
+    assert (run["method"], run["experiment"]) == (weights["weights_method"], weights["weights_experiment"])
+    assert card["from"] == f"{weights['weights_study']}/{run['method']}/{run['experiment']}/seed{run['seed']}"
+    assert run["seed"] in params["study"][weights["weights_study"]]["seeds"]
+    assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
+
+
+@needs_weights
+def test_the_shipped_network_is_the_one_of_the_best_validation_psnr():
+    weights = read_scale(ROOT / "scales" / "laptop.yaml")["weights"]
+    folder = ROOT / "runs" / "laptop" / weights["weights_study"] / weights["weights_method"] / weights["weights_experiment"]
+    cards = {path.parent: json.loads(path.read_text()) for path in folder.glob("seed*/generator.json")}
+    if not cards:
+        pytest.skip(f"no runs in {folder}, which git does not hold: `dvc repro train_particles`")
+    best = max(cards, key=lambda path: cards[path]["validation"]["psnr"])
+    card = json.loads(SHIPPED.with_suffix(".json").read_text())
+    assert card == cards[best] | {"dtype": "float16", "from": best.relative_to(ROOT / "runs" / "laptop").as_posix()}
+    stored = load_file(SHIPPED)
+    for name, value in load_file(best / "generator.safetensors").items():
+        assert torch.equal(stored[name], value.to(stored[name].dtype)), name

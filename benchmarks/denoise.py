@@ -1,0 +1,198 @@
+"""Denoising a stack on disk: throughput and memory beside Topaz-Denoise, and memory as the stack grows.
+
+Topaz-Denoise (Bepler et al. 2020; topaz-em, GPL-3.0) is no dependency: `make bench` installs it in a folder of its own,
+and it is imported in the measuring process alone. Its `load_model` does not run beside this version of torch, so its
+network is made from its class, and the weights that it ships are loaded into it as a state dict. h5py is there because
+`topaz.denoise` imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.sizes import Size
+from benchmarks.worker import ROOT, Gang, alternate, peak_memory, timed
+from cryo_lib import denoising, models, mrc, particles
+from cryo_lib.particles import ParticleStack
+
+TOPAZ = ROOT / "build" / "topaz"
+INSTALL = "pip install --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0"
+TOPAZ_MODEL = "unet_L2_v0.2.2.sav"
+MEMORY_SIZE, MEMORY_WIDTH = 32, 1  # px and channels of the stacks and the network that memory is measured with
+BLOCK = 1000  # random images that a long stack repeats, each time on another scale
+
+
+def write_noise(path: Path, n: int, size: int) -> Path:
+    """Write a `.mrcs` of `n` images of noise, or a `.star` and the `.mrcs` beside it; memory does not grow with `n`.
+
+    OSError where the disk has no room for it and for as large a stack beside it.
+    """
+    needed, free = 8 * n * size**2, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path.parent}: expected {needed >> 20} MiB free for a stack of {n} images and its denoised copy, got "
+            f"{free >> 20} MiB; free some, or measure without them by --only"
+        )
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((min(n, BLOCK), size, size), np.float32)
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, n, len(block)):
+            yield block[: n - start] * np.float32(1 + start / n)
+
+    if path.suffix == ".star":
+        return particles.new(path, batches(), np.tile(np.eye(3), (n, 1, 1)), 1.0)
+    mrc.write_stack(path, batches(), (n, size, size), 1.0)
+    return path
+
+
+def ours(device: str, stack: str, width: int, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
+    """A measurement of `denoising.denoise_stack`: `work` in images, `seconds`, `peak_memory` in bytes."""
+    chosen = torch.device(device)
+    size = ParticleStack.open(stack).images.shape[-1]
+    model = models.GENERATORS["resnet"](size, width).eval().to(chosen, memory_format=torch.channels_last)
+
+    def measure() -> dict[str, Any]:
+        opened = ParticleStack.open(stack)
+        seconds = timed(
+            chosen, lambda: denoising.denoise_stack(model, opened, out, batch_size=batch, precision=precision)
+        )
+        return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
+
+    return measure
+
+
+def memory(stack: str, width: int, out: str) -> Callable[..., dict[str, Any]]:
+    """A measurement of `denoising.denoise_stack` on the CPU: `seconds`, `before` and `peak_memory` in bytes.
+
+    `before` is what it took before it opened the stack, of which torch's libraries are most.
+    """
+    cpu = torch.device("cpu")
+    model = models.GENERATORS["resnet"](MEMORY_SIZE, width).eval()
+
+    def measure() -> dict[str, Any]:
+        before = peak_memory(cpu)
+        seconds = timed(cpu, lambda: denoising.denoise_stack(model, stack, out))
+        return {"seconds": seconds, "before": before, "peak_memory": peak_memory(cpu)}
+
+    return measure
+
+
+def topaz(
+    device: str, stack: str, batch: int | None, out: str, folder: str = str(TOPAZ)
+) -> Callable[..., dict[str, Any]]:
+    """The same measurement of Topaz-Denoise's U-net, as that of `ours`.
+
+    Parameters
+    ----------
+    batch : None calls Topaz's own `denoise_stack`, which holds the stack in memory and denoises one image at a time
+        (without patches and deconvolution, which are for micrographs). A number instead gives batches of so many images
+        to Topaz's `Denoise.denoise`, with files read and written as for `ours`.
+    folder : where topaz-em is installed.
+    """
+    sys.path.append(folder)
+    from topaz import denoise  # noqa: PLC0415
+    from topaz.denoising.models import UDenoiseNet  # noqa: PLC0415
+
+    chosen, on_gpu = torch.device(device), device == "cuda"
+    network = UDenoiseNet(base_width=11, top_width=5)
+    weights = Path(folder) / "topaz" / "pretrained" / "denoise" / TOPAZ_MODEL
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    denoiser = denoise.Denoise(torch.nn.Sequential(network), use_cuda=on_gpu)
+
+    def whole() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # it counts the images aloud
+            options = {"deconvolve": False, "patch_size": -1, "normalize": False, "use_cuda": on_gpu}
+            denoise.denoise_stack(stack, out, [denoiser], **options)
+
+    def measure() -> dict[str, Any]:
+        opened = ParticleStack.open(stack)
+        with torch.inference_mode():
+            if batch is None:
+                seconds = timed(chosen, whole)
+            else:
+                work = lambda: denoising.denoise_stack(denoiser.denoise, opened, out, batch_size=batch)  # noqa: E731
+                seconds = timed(chosen, work)
+        return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
+
+    return measure
+
+
+def installed(folder: Path = TOPAZ) -> bool:
+    """Whether Topaz-Denoise and its weights are in a folder."""
+    return (folder / "topaz" / "pretrained" / "denoise" / TOPAZ_MODEL).is_file()
+
+
+def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
+    """Ours and Topaz in turn on one stack: what is denoised, and a row each; those of Topaz only if it is installed."""
+    print("denoising: ours and Topaz-Denoise", flush=True)
+    stack = str(write_noise(scratch / "stack.mrcs", size.denoise_images, size.denoise_size))
+    common, batch = {"device": device, "stack": stack}, size.denoise_batch
+    tasks: dict[str, dict[str, Any]] = {
+        f"Ours, {precision}": {
+            "task": "denoise:ours",
+            "precision": precision,
+            "batch": batch,
+            "width": size.denoise_width,
+        }
+        for precision in size.precisions
+    }
+    if installed():
+        tasks["Topaz-Denoise, in batches"] = {"task": "denoise:topaz", "batch": batch}
+        tasks["Topaz-Denoise, its denoise_stack"] = {"task": "denoise:topaz", "batch": None}
+    gangs = {}
+    try:
+        for i, (name, options) in enumerate(tasks.items()):
+            gangs[name] = Gang(out=str(scratch / f"out{i}.mrcs"), **common, **options)
+        for gang in gangs.values():
+            gang.measure()
+        rates = alternate(gangs, {name: {} for name in gangs}, size.denoise_repeats)
+        peaks = {name: gang.peak_memory for name, gang in gangs.items()}
+    finally:
+        for gang in gangs.values():
+            gang.close()
+    chosen = {"size": size.denoise_size, "width": size.denoise_width, "images": size.denoise_images, "batch": batch}
+    rows = [{"denoiser": name, "images_per_s": rates[name], "peak_memory": peaks[name]} for name in gangs]
+    return {"configuration": chosen, "rows": rows, "topaz_installed": installed()}
+
+
+def memory_growth(size: Size, scratch: Path) -> list[dict[str, Any]]:
+    """Time and peak memory of denoising stacks of growing length, and of one with a particle table: a row a stack."""
+    rows = []
+    for suffix, lengths in ((".mrcs", size.memory_images), (".star", (size.memory_star,))):
+        for n in lengths:
+            print(f"denoising: memory with {n} images, {suffix}", flush=True)
+            stack, out = write_noise(scratch / f"long{suffix}", n, MEMORY_SIZE), scratch / f"denoised{suffix}"
+            with Gang("denoise:memory", threads=1, stack=str(stack), width=MEMORY_WIDTH, out=str(out)) as gang:
+                (result,) = gang.measure()
+            rows.append({"images": n, "file": suffix} | result)
+            for path in scratch.iterdir():
+                path.unlink()
+    return rows
+
+
+def run(device: str, size: Size) -> dict[str, Any]:
+    """The comparison with Topaz-Denoise, in files that are removed afterwards."""
+    with _scratch() as folder:
+        return compare(device, size, Path(folder))
+
+
+def run_memory(device: str, size: Size) -> list[dict[str, Any]]:
+    """The growth of memory with the stack, on the host whatever the device, in files that are removed afterwards."""
+    with _scratch() as folder:
+        return memory_growth(size, Path(folder))
+
+
+def _scratch() -> tempfile.TemporaryDirectory:
+    TOPAZ.parent.mkdir(exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="bench-", dir=TOPAZ.parent)

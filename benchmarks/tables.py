@@ -1,0 +1,232 @@
+"""Everything derived from the measurements: ratios, parts of the ceiling, targets, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.denoise import INSTALL
+from cryo_lib.losses import METHODS
+from cryo_lib.tables import markdown
+
+Results = Mapping[str, Any]
+FLAT = 1.1  # times the memory at the shortest stack that still counts as flat
+
+
+def ratios(rates: Mapping[str, Sequence[float]], ours: str, other: str) -> list[float]:
+    """The ratio of each pair of timings that were made one after the other."""
+    return [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+
+
+def flop_rate(group: Results, row: Results) -> float:
+    """FLOP/s of our training steps, of all trainings together."""
+    return _iterations_per_s(group, row) * row["iteration"]["flop"]
+
+
+def byte_rate(group: Results, row: Results) -> float:
+    """Bytes/s that operations of our training steps read and write, caches not counted, of all trainings together."""
+    return _iterations_per_s(group, row) * row["iteration"]["bytes"]
+
+
+def _iterations_per_s(group: Results, row: Results) -> float:
+    return median(row["images_per_s"]["ours"]) / group["configuration"]["batch"]
+
+
+def part_of_ceiling(group: Results, row: Results) -> float:
+    """FLOP/s of our step over the device's best, by matrix product or convolution, at the same precision."""
+    return flop_rate(group, row) / max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
+
+
+def fastest(denoised: Results, who: str) -> str | None:
+    """The denoiser of the fastest row whose name begins with `who`; None where there is none."""
+    rates = {row["denoiser"]: median(row["images_per_s"]) for row in denoised["rows"]}
+    return max((name for name in rates if name.startswith(who)), key=rates.get, default=None)
+
+
+def topaz_ratio(denoised: Results) -> float | None:
+    """Our fastest row over Topaz's fastest, the median of pairs of timings; None where Topaz was not measured."""
+    rates, topaz = {row["denoiser"]: row["images_per_s"] for row in denoised["rows"]}, fastest(denoised, "Topaz")
+    return median(ratios(rates, fastest(denoised, "Ours"), topaz)) if topaz else None
+
+
+def memory_ratio(rows: Sequence[Results]) -> float:
+    """Peak memory of denoising the longest `.mrcs` over that of the shortest."""
+    plain = sorted((row for row in rows if row["file"] == ".mrcs"), key=lambda row: row["images"])
+    return plain[-1]["peak_memory"] / plain[0]["peak_memory"]
+
+
+def targets(results: Results) -> list[dict[str, Any]]:
+    """Each target with what was measured: `target`, `value` (None where it was not) and `met` (None likewise)."""
+    on_gpu, steps = results["environment"]["device_type"] == "cuda", results.get("steps", [])
+    speed = [median(ratios(row["images_per_s"], "ours", "plain")) for group in steps for row in group["rows"]]
+    parts = [part_of_ceiling(group, row) for group in steps for row in group["rows"]]
+    memory = results.get("memory")
+    lengths = sorted(row["images"] for row in memory if row["file"] == ".mrcs") if memory else [10**3, 10**6]
+    topaz = topaz_ratio(results["denoise"]) if "denoise" in results else None
+    measured = [
+        ("GPU: every method's step at least 5 times the plain loop", min(speed) if on_gpu and speed else None, 5.0),
+        ("GPU: every method's step at least 0.4 of the ceiling", min(parts) if on_gpu and parts else None, 0.4),
+        (
+            "CPU: every method's step at least 1.5 times the plain loop",
+            min(speed) if speed and not on_gpu else None,
+            1.5,
+        ),
+        ("Denoising at least 5 times Topaz-Denoise", topaz, 5.0),
+    ]
+    rows = [
+        {"target": name, "value": value, "met": None if value is None else value >= least}
+        for name, value, least in measured
+    ]
+    value = memory_ratio(memory) if memory else None
+    name = f"Denoising memory flat from {lengths[0]:,} to {lengths[-1]:,} images (at most {FLAT} times)"
+    return [*rows, {"target": name, "value": value, "met": None if value is None else value <= FLAT}]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def _rate(values: Sequence[float]) -> str:
+    middle = median(values)
+    return f"{middle:,.1f}" if middle < 1000 else f"{middle:,.0f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _targets_table(results: Results) -> pd.DataFrame:
+    said = {None: "not measured in this run", True: "yes", False: "no"}
+    return pd.DataFrame(
+        [
+            {
+                "Target": row["target"],
+                "Measured": "—" if row["value"] is None else f"{row['value']:.2f}",
+                "Met": said[row["met"]],
+            }
+            for row in targets(results)
+        ]
+    )
+
+
+def _steps_table(group: Results) -> pd.DataFrame:
+    rows = []
+    for row in group["rows"]:
+        rates = row["images_per_s"]
+        rows.append(
+            {
+                "Method": METHODS[row["method"]].label,
+                "Ours (images/s)": _rate(rates["ours"]),
+                "Plain loop (images/s)": _rate(rates["plain"]),
+                "Ratio": _spread(ratios(rates, "ours", "plain")),
+                "GFLOP an image": f"{row['iteration']['flop'] / group['configuration']['batch'] / 1e9:.3g}",
+                "Ours (GFLOP/s)": f"{flop_rate(group, row) / 1e9:,.0f}",
+                "of the ceiling": f"{part_of_ceiling(group, row):.0%}",
+                "Ours (GB/s)": f"{byte_rate(group, row) / 1e9:,.1f}",
+                "of the copy rate": f"{byte_rate(group, row) / group['ceiling']['copy']:.0%}",
+                "Memory, ours (MiB)": _mib(row["peak_memory"]["ours"]),
+                "Memory, plain (MiB)": _mib(row["peak_memory"]["plain"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _steps(results: Results) -> str:
+    parts = []
+    for group in results["steps"]:
+        chosen, ceiling, row = group["configuration"], group["ceiling"], group["rows"][0]
+        several = f", {row['trainings']} trainings side by side with one thread each" if row["trainings"] > 1 else ""
+        parts.append(
+            f"### {chosen['name']}\n\n"
+            f"Minibatches of {chosen['batch']}, {chosen['pairs']:,} pairs. Ours: {chosen['precision']}{several}, all "
+            "images/s together; memory is that of one training. Plain loop: one, in float32 by torch's default "
+            f"settings and threads. Ratio: median (lowest to highest) of {len(row['images_per_s']['ours'])} pairs of "
+            "timings.\n\n"
+            f"Ceiling, {chosen['precision']}: {ceiling['gemm'] / 1e9:,.0f} GFLOP/s by matrix product, "
+            f"{ceiling['conv'] / 1e9:,.0f} GFLOP/s by 3x3 convolution; copies {ceiling['copy'] / 1e9:,.1f} GB/s read "
+            "plus written. A step's bytes are those that its operations read and write, as if no cache held them "
+            "between two: above 100 % of the copy rate, caches do.\n\n" + markdown(_steps_table(group))
+        )
+    return "## Training step\n\n" + "\n".join(parts)
+
+
+def _denoise(results: Results) -> str:
+    denoised = results["denoise"]
+    chosen, ratio = denoised["configuration"], topaz_ratio(denoised)
+    rows = [
+        {
+            "Denoiser": row["denoiser"],
+            "images/s": _rate(row["images_per_s"]),
+            "Peak memory (MiB)": _mib(row["peak_memory"]),
+        }
+        for row in denoised["rows"]
+    ]
+    if not denoised["topaz_installed"]:
+        rows.append({"Denoiser": "Topaz-Denoise", "images/s": f"not installed: {INSTALL}", "Peak memory (MiB)": "—"})
+    said = ""
+    if ratio is not None:
+        ours, theirs = fastest(denoised, "Ours"), fastest(denoised, "Topaz")
+        said = f" Our fastest row ({ours}) over Topaz's ({theirs}): {ratio:.2f}, the median of pairs of timings."
+    return (
+        f"## Denoising\n\nA stack of {chosen['images']:,} images of {chosen['size']} px, from file to file, "
+        f"{chosen['batch']} a batch. Ours: the residual network of width {chosen['width']}. Topaz-Denoise 0.3.20: its "
+        f"U-net with the weights it ships, in float32.{said}\n\n" + markdown(pd.DataFrame(rows))
+    )
+
+
+def _memory(results: Results) -> str:
+    rows = [
+        {
+            "Stack": f"{row['images']:,} images, {row['file']}",
+            "images/s": f"{row['images'] / row['seconds']:,.0f}",
+            "Memory before (MiB)": _mib(row["before"]),
+            "Peak memory (MiB)": _mib(row["peak_memory"]),
+        }
+        for row in results["memory"]
+    ]
+    said = (
+        "## Memory of denoising\n\nHost memory of a process that denoises a stack of 32 px images on the CPU with one "
+        "thread, and before it opens it. The table of the particles is held whole, images are not.\n\n"
+    )
+    return said + markdown(pd.DataFrame(rows))
+
+
+def _geometry(results: Results) -> str:
+    measured, names = results["geometry"], {"project": "Projection", "reconstruct": "Reconstruction"}
+    chosen = measured["configuration"]
+    rows = [{"": label, "images/s": _rate(measured[name])} for name, label in names.items()]
+    said = f"{chosen['images']:,} images of {chosen['size']} px, all cores of the CPU.\n\n"
+    return f"## Projection and reconstruction\n\n{said}" + markdown(pd.DataFrame(rows))
+
+
+def _growth(results: Results) -> str:
+    names = {"size": "Image size (px)", "width": "Width", "pairs": "Pairs"}
+    rows = [
+        {
+            "Axis": names[row["axis"]],
+            "Value": f"{row['value']:,}",
+            "Rest": ", ".join(f"{name} {value:,}" for name, value in row["options"].items() if name != row["axis"]),
+            "ms an iteration": f"{1e3 * median(row['seconds_per_iteration']):,.1f}",
+            "Peak memory (MiB)": _mib(row["peak_memory"]),
+        }
+        for row in results["growth"]
+    ]
+    said = "One training of the (.5,.5)-GAN + ℓ1; on the CPU with one thread.\n\n"
+    return f"## Growth\n\n{said}" + markdown(pd.DataFrame(rows))
+
+
+SECTIONS = {"steps": _steps, "denoise": _denoise, "memory": _memory, "geometry": _geometry, "growth": _growth}
+
+
+def report(results: Results) -> str:
+    """The measurements as Markdown: the machine, the targets, and a table for each section that was measured."""
+    machine = results["environment"]
+    head = (
+        f"# Benchmarks: {machine['device']}\n\n{machine['cores']} cores, load {machine['load']} before the run, torch "
+        f"{machine['torch']}, revision {machine['revision']}, size {results['size']}. Written by `python -m "
+        "benchmarks`; every ratio is of timings of this one run.\n\n## Targets\n\n" + markdown(_targets_table(results))
+    )
+    return "\n".join([head, *(section(results) for name, section in SECTIONS.items() if name in results)])
