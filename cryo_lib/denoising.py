@@ -58,7 +58,7 @@ def denoise_stack(
             found = "no rlnRandomSubset" if half_sets is None else sorted(set(half_sets.tolist()))
             raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
     else:
-        model, half_sets = {0: model}, np.zeros(len(stack), int)
+        model, half_sets = {0: model}, np.broadcast_to(0, len(stack))
     for each in model.values():
         _check_size(each, stack)
 

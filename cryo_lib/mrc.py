@@ -71,6 +71,12 @@ class Images(Sequence):
         self._rows = np.arange(len(code))
         self.shape = (len(code), *files[0].shape[1:])
 
+    @classmethod
+    def of(cls, file: StackFile) -> Images:
+        """All images of one file."""
+        n = file.shape[0]
+        return cls([file], np.broadcast_to(0, n), np.arange(n))
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -70,7 +70,7 @@ class ParticleStack:
     """Particle images and what their file says of them; `ParticleStack.open` makes one."""
 
     path: Path
-    table: pd.DataFrame  # the particles, a row each, in the file's order, under RELION's labels
+    table: pd.DataFrame  # the particles, a row each, in the file's order, under RELION's labels; of .mrcs no columns
     optics: pd.DataFrame | None  # the optics groups; RELION 3.0 and .mrcs have none
     images: Images  # lazy, (n, h, w) float32
     pixel_size: float | None  # A; None where no source says it
@@ -95,14 +95,12 @@ class ParticleStack:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a .star, .cs, .mrcs or .mrc file, got no file; check the path")
         suffix = checks.choice(f"{path}: file type", path.suffix, (".star", ".cs", ".mrcs", ".mrc"))
-        if suffix == ".star":
-            table, optics, text = _read_star(path)
-        elif suffix == ".cs":
-            table, optics = _read_cs(path)
+        if suffix in (".mrcs", ".mrc"):
+            file = StackFile.read_header(str(path.absolute()))
+            table, images = pd.DataFrame(index=range(file.shape[0])), Images.of(file)
         else:
-            project, count = path.absolute().parent, StackFile.read_header(str(path)).shape[0]
-            table = pd.DataFrame({"rlnImageName": _references(path.name, count)})
-        images = _find_images(path, table["rlnImageName"], project)
+            table, optics, text = _read_star(path) if suffix == ".star" else (*_read_cs(path), None)
+            images = _find_images(path, table["rlnImageName"], project)
         used = None if optics is None else optics.iloc[np.unique(_optics_rows(path, table, optics, images.shape[2]))]
         if pixel_size is None:
             pixel_size = _pixel_size(path, table, used, images.files)
@@ -421,7 +419,7 @@ def write(path: str | Path, images: Any, like: ParticleStack, *, project: str | 
         write_stack(part, images, like.images.shape, like.pixel_size)
         with open(star_part, "wb") as file:
             if like._text is None:
-                file.write(_star_text(like.optics, like.table.assign(rlnImageName=references)))
+                file.write(_star_text(like.optics, like.table.assign(rlnImageName=list(references))))
             else:
                 file.writelines(like._text.with_references(references))
     return star
@@ -470,7 +468,7 @@ def new(
         raise ValueError(f"half_sets: expected {n} values of 1 or 2, got {half_sets.size} of {np.unique(half_sets)}")
     table[ORIGINS] = 0.0 - shifts
     table = table.assign(rlnRandomSubset=half_sets.astype(int), rlnOpticsGroup=1, **(columns or {}))
-    table.insert(0, "rlnImageName", references)
+    table.insert(0, "rlnImageName", list(references))
     optics = {"rlnOpticsGroupName": "opticsGroup1", "rlnOpticsGroup": 1, "rlnImageDimensionality": 2}
     optics["rlnImagePixelSize"] = checks.number("pixel_size", pixel_size, above=0.0)
     for column, value in zip(MICROSCOPE, (voltage, spherical_aberration, amplitude_contrast)):
@@ -483,7 +481,7 @@ def new(
     return star
 
 
-def _targets(path: str | Path, n: int, project: str | Path | None) -> tuple[Path, Path, list[str]]:
+def _targets(path: str | Path, n: int, project: str | Path | None) -> tuple[Path, Path, Iterator[str]]:
     path = Path(path)
     checks.choice(f"{path}: file type", path.suffix, (".star", ".mrcs"))
     stack = path.with_suffix(".mrcs")
@@ -493,8 +491,8 @@ def _targets(path: str | Path, n: int, project: str | Path | None) -> tuple[Path
     return path.with_suffix(".star"), stack, _references(name, n)
 
 
-def _references(stack: str, n: int) -> list[str]:
-    return [f"{number:06d}@{stack}" for number in range(1, n + 1)]
+def _references(stack: str, n: int) -> Iterator[str]:
+    return (f"{number:06d}@{stack}" for number in range(1, n + 1))
 
 
 def _star_text(optics: pd.DataFrame, particles: pd.DataFrame) -> bytes:
