@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import curves, denoise, geometry, growth, steps, tables
+from benchmarks import accuracy, curves, denoise, geometry, growth, steps, tables
 from benchmarks.sizes import Size, size_of
 from benchmarks.worker import ROOT
 from cryo_lib import checks, imaging, models
 from cryo_lib.files import write_json, write_text
+from cryo_lib.tables import insert
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {
     "steps": steps.run,
@@ -24,6 +25,7 @@ MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {
     "memory": denoise.run_memory,
     "geometry": geometry.run,
     "growth": growth.run,
+    "accuracy": accuracy.run,
 }
 FOLDERS = {"full": ROOT / "benchmarks" / "results", "quick": ROOT / "build" / "benchmarks"}
 
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = models.pick_device(given.device).type
     results = measure(device, given.size, given.only.split(","), given.out or FOLDERS[given.size])
+    if given.size == "full" and given.out is None:
+        insert(ROOT / "README.md", f"benchmarks {device}", tables.summary(results))
     print(f"\n{tables.report(results)}")
 
 

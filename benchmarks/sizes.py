@@ -55,6 +55,8 @@ class Size:
     memory_images : lengths of the `.mrcs` stacks of 32 px whose denoising must not take more memory. memory_star : of a
         `.star` stack.
     geometry_size, geometry_images : px, and projections made and reconstructed from.
+    accuracy : of the trainings whose PSNR is compared by precision: size (px), width, batch, pairs, validation (images),
+        epochs, seeds.
     growth : curves of the training. growth_seconds, growth_repeats : of the timings of each of their points.
     """
 
@@ -74,7 +76,8 @@ class Size:
     geometry_images: int
     growth_seconds: float
     growth_repeats: int
-    precisions: tuple[str, ...] = ("float32", "bf16")
+    accuracy: dict[str, int]
+    precisions: tuple[str, ...] = ("float32", "bf16")  # of the CPU; a GPU has tf32 as well
 
 
 def size_of(name: str, device: str) -> Size:
@@ -88,12 +91,13 @@ def size_of(name: str, device: str) -> Size:
             gemm_sizes=(64, 128), copy_mib=16, repeats=3, denoise_size=32, denoise_width=2, denoise_images=16,
             denoise_batch=8, denoise_repeats=2, memory_images=(200, 400), memory_star=200, geometry_size=32,
             geometry_images=64, growth_seconds=0.1, growth_repeats=2,
+            accuracy={"size": 32, "width": 2, "batch": 8, "pairs": 32, "validation": 8, "epochs": 1, "seeds": 2},
         )  # fmt: skip
     if device == "cpu":
         return Size(
             steps=(
                 Configuration("Laptop, 48 px, width 8", 48, 8, 10, 1800, "float32", PAPER, 1.0, 5),
-                Configuration("Paper's network, 128 px, width 64", 128, 64, 4, 40, "float32", KINDS, 1.0, 3),
+                Configuration("Paper's network, 128 px, width 64", 128, 64, 4, 40, "bf16", KINDS, 1.0, 3),
             ),
             growth=(
                 Curve("size", (32, 64, 96, 128), {"width": 8, "batch": 10, "pairs": 100}),
@@ -104,6 +108,7 @@ def size_of(name: str, device: str) -> Size:
             denoise_images=48, denoise_batch=16, denoise_repeats=3,
             memory_images=(10**3, 10**4, 10**5, 10**6), memory_star=10**5,
             geometry_size=64, geometry_images=1000, growth_seconds=1.0, growth_repeats=3,
+            accuracy={"size": 48, "width": 8, "batch": 10, "pairs": 1800, "validation": 200, "epochs": 1, "seeds": 3},
         )  # fmt: skip
     return Size(
         steps=(Configuration("Paper, 128 px, width 64", 128, 64, 20, 5000, "bf16", PAPER, 1.0, 5),),
@@ -115,5 +120,6 @@ def size_of(name: str, device: str) -> Size:
         gemm_sizes=(2048, 4096, 8192), copy_mib=1024, repeats=20, denoise_size=128, denoise_width=64,
         denoise_images=4000, denoise_batch=100, denoise_repeats=3,
         memory_images=(10**3, 10**4, 10**5, 10**6), memory_star=10**5,
-        geometry_size=128, geometry_images=2000, growth_seconds=1.0, growth_repeats=3,
+        precisions=("float32", "tf32", "bf16"), geometry_size=128, geometry_images=2000, growth_seconds=1.0, growth_repeats=3,
+        accuracy={"size": 128, "width": 64, "batch": 20, "pairs": 5000, "validation": 200, "epochs": 1, "seeds": 3},
     )  # fmt: skip

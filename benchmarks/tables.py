@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import pandas as pd
@@ -13,6 +13,7 @@ from cryo_lib.losses import METHODS
 from cryo_lib.tables import markdown
 
 Results = Mapping[str, Any]
+NOISE = 3.0  # standard errors of the difference of two means over few seeds that still count as noise
 FLAT = 1.1  # times the memory at the shortest stack that still counts as flat
 
 
@@ -58,6 +59,22 @@ def memory_ratio(rows: Sequence[Results]) -> float:
     return plain[-1]["peak_memory"] / plain[0]["peak_memory"]
 
 
+def changes(measured: Results) -> list[dict[str, Any]]:
+    """What each precision changes against float32: `method`, `precision`, `change` of the mean PSNR (dB), and the standard
+    error of that difference by the seeds' spread, `error`."""
+    by = {(row["method"], row["precision"]): row["psnr"] for row in measured["rows"]}
+    return [
+        {
+            "method": method,
+            "precision": precision,
+            "change": mean(psnr) - mean(exact := by[method, "float32"]),
+            "error": ((stdev(psnr) ** 2 + stdev(exact) ** 2) / len(psnr)) ** 0.5,
+        }
+        for (method, precision), psnr in by.items()
+        if precision != "float32"
+    ]
+
+
 def targets(results: Results) -> list[dict[str, Any]]:
     """Each target with what was measured: `target`, `value` (None where it was not) and `met` (None likewise)."""
     on_gpu, steps = results["environment"]["device_type"] == "cuda", results.get("steps", [])
@@ -82,7 +99,12 @@ def targets(results: Results) -> list[dict[str, Any]]:
     ]
     value = memory_ratio(memory) if memory else None
     name = f"Denoising memory flat from {lengths[0]:,} to {lengths[-1]:,} images (at most {FLAT} times)"
-    return [*rows, {"target": name, "value": value, "met": None if value is None else value <= FLAT}]
+    rows.append({"target": name, "value": value, "met": None if value is None else value <= FLAT})
+    value = None
+    if "accuracy" in results:
+        value = max(abs(row["change"]) / row["error"] for row in changes(results["accuracy"]))
+    name = f"PSNR by precision within seed noise (at most {NOISE:g} standard errors apart)"
+    return [*rows, {"target": name, "value": value, "met": None if value is None else value <= NOISE}]
 
 
 def _mib(size: float) -> str:
@@ -218,15 +240,59 @@ def _growth(results: Results) -> str:
     return f"## Growth\n\n{said}" + markdown(pd.DataFrame(rows))
 
 
-SECTIONS = {"steps": _steps, "denoise": _denoise, "memory": _memory, "geometry": _geometry, "growth": _growth}
+def _accuracy(results: Results) -> str:
+    measured = results["accuracy"]
+    chosen = measured["configuration"]
+    changed = {(row["method"], row["precision"]): row for row in changes(measured)}
+    rows = []
+    for row in measured["rows"]:
+        change = changed.get((row["method"], row["precision"]))
+        said = f"{change['change']:+.2f} ± {change['error']:.2f}" if change else "—"
+        psnr = f"{mean(row['psnr']):.2f} ± {stdev(row['psnr']):.2f}"
+        label = METHODS[row["method"]].label
+        rows.append({"Method": label, "Precision": row["precision"], "PSNR (dB)": psnr, "Change (dB)": said})
+    said = (
+        f"Trainings on {chosen['pairs']:,} projections of the phantom, {chosen['size']} px, SNR 0.1, width {chosen['width']}, "
+        f"{chosen['epochs']} epoch in minibatches of {chosen['batch']}; validation PSNR, mean ± sd over {chosen['seeds']} "
+        "seeds, and the change of the mean against float32 ± its standard error.\n\n"
+    )
+    return f"## Accuracy by precision\n\n{said}" + markdown(pd.DataFrame(rows))
+
+
+SECTIONS = {
+    "steps": _steps, "denoise": _denoise, "memory": _memory, "geometry": _geometry, "growth": _growth, "accuracy": _accuracy
+}  # fmt: skip
+
+
+def _machine(results: Results) -> str:
+    machine = results["environment"]
+    return (
+        f"{machine['cores']} cores, load {machine['load']} before the run, torch {machine['torch']}, revision "
+        f"{machine['revision']}, size {results['size']}"
+    )
+
+
+def summary(results: Results) -> str:
+    """What the README shows: the targets, and the ratio of each method's step, as Markdown."""
+    steps = [
+        {
+            "Training step": f"{METHODS[row['method']].label}; {group['configuration']['name']}",
+            "Ours (images/s)": _rate(row["images_per_s"]["ours"]),
+            "Plain loop (images/s)": _rate(row["images_per_s"]["plain"]),
+            "Ratio": _spread(ratios(row["images_per_s"], "ours", "plain")),
+            "of the ceiling": f"{part_of_ceiling(group, row):.0%}",
+        }
+        for group in results.get("steps", [])
+        for row in group["rows"]
+    ]
+    said = f"{results['environment']['device']}, {_machine(results)}.\n\n"
+    return said + markdown(_targets_table(results)) + ("\n" + markdown(pd.DataFrame(steps)) if steps else "")
 
 
 def report(results: Results) -> str:
     """The measurements as Markdown: the machine, the targets, and a table for each section that was measured."""
-    machine = results["environment"]
     head = (
-        f"# Benchmarks: {machine['device']}\n\n{machine['cores']} cores, load {machine['load']} before the run, torch "
-        f"{machine['torch']}, revision {machine['revision']}, size {results['size']}. Written by `python -m "
-        "benchmarks`; every ratio is of timings of this one run.\n\n## Targets\n\n" + markdown(_targets_table(results))
+        f"# Benchmarks: {results['environment']['device']}\n\n{_machine(results)}. Written by "
+        "`python -m benchmarks`; every ratio is of timings of this one run.\n\n## Targets\n\n" + markdown(_targets_table(results))
     )
     return "\n".join([head, *(section(results) for name, section in SECTIONS.items() if name in results)])

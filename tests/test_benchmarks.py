@@ -2,25 +2,22 @@
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import __main__ as benchmarks
+from benchmarks import denoise, steps, tables, worker
+from benchmarks.count import Count
+from benchmarks.plain import PlainLoop
+from benchmarks.sizes import size_of
+from cryo_lib import losses, models
+from cryo_lib.particles import ParticleStack
+from cryo_lib.training import Settings, Trainer
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import __main__ as benchmarks  # noqa: E402
-from benchmarks import denoise, steps, tables, worker  # noqa: E402
-from benchmarks.count import Count  # noqa: E402
-from benchmarks.plain import PlainLoop  # noqa: E402
-from benchmarks.sizes import size_of  # noqa: E402
-from cryo_lib import losses, models  # noqa: E402
-from cryo_lib.particles import ParticleStack  # noqa: E402
-from cryo_lib.training import Settings, Trainer  # noqa: E402
-
 CPU = torch.device("cpu")
 
 
@@ -165,6 +162,10 @@ def check(folder):
 
 def test_committed_tables_follow_from_their_numbers():
     check(ROOT / "benchmarks" / "results")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        shown = tables.summary(json.loads(path.read_text(encoding="utf-8")))
+        assert f"<!-- benchmarks {path.stem} -->\n{shown}<!-- /benchmarks {path.stem} -->" in readme
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,14 @@ def test_targets_are_computed_from_the_numbers(quick):
     assert [row["met"] for row in rows if row["target"].startswith("CPU")] == [False]
     assert [row["met"] for row in rows if row["target"].startswith("GPU")] == [None, None]
     assert [(row["value"], row["met"]) for row in rows if "memory" in row["target"]] == [(2.0, False)]
-    del results["steps"], results["denoise"], results["memory"]
+    precision = next(row for row in rows if row["target"].startswith("PSNR"))
+    exact, rounded = (
+        np.array([row["psnr"] for row in results["accuracy"]["rows"] if row["precision"] == name])
+        for name in ("float32", "bf16")
+    )
+    error = np.sqrt((exact.var(axis=1, ddof=1) + rounded.var(axis=1, ddof=1)) / exact.shape[1])
+    assert precision["value"] == pytest.approx((abs(rounded.mean(axis=1) - exact.mean(axis=1)) / error).max())
+    del results["steps"], results["denoise"], results["memory"], results["accuracy"]
     assert all(row["met"] is None for row in tables.targets(results))
 
 
