@@ -31,6 +31,25 @@ def _points(results: dict[str, Any]) -> dict[str, list[tuple[int, float, int]]]:
     return points
 
 
+def _curve(ax: plt.Axes, x: tuple[int, ...], y: list[float], style: str, colour: str) -> None:
+    """Logarithmic, over two decades at least: a flat curve must look flat."""
+    ax.loglog(x, y, style, color=colour)
+    centre = (min(y) * max(y)) ** 0.5
+    reach = max(10.0, 1.5 * max(y) / centre)
+    ax.set_ylim(centre / reach, centre * reach)
+
+
+def _numbers(values: tuple[int, ...]) -> list[str]:
+    """Tick labels; none where the next one would stand in its way."""
+    exponents = [len(str(value)) - 1 for value in values]
+    labels = [
+        f"$10^{exponent}$" if value == 10**exponent and exponent > 2 else f"{value:,}"
+        for value, exponent in zip(values, exponents)
+    ]
+    crowded = [after < 1.5 * value for value, after in zip(values, values[1:])]
+    return ["" if near else label for label, near in zip(labels, [*crowded, False])]
+
+
 def draw(results: dict[str, Any], path: Path) -> Path | None:
     """Write a `.png`: time above and memory below, a column an axis, logarithmic; None where no growth was measured."""
     points = _points(results)
@@ -40,14 +59,13 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
     figure, axes = plt.subplots(2, len(points), figsize=(figures.WIDTH, 3.4), sharex="col", squeeze=False)
     for (above, below), (axis, of_axis) in zip(axes.T, points.items()):
         value, seconds, memory = zip(*of_axis)
-        above.loglog(value, seconds, "o-", color=figures.COLOURS["beta_05_05_l1"])
-        mib = [each / 2**20 for each in memory]
-        below.loglog(value, mib, "s-", color=figures.COLOURS["l2_ae"])
-        below.set_ylim(min(100, min(mib) / 2), 2 * max(mib))  # down to 100 MiB: a flat curve must look flat
+        scale = 1 if axis == "images" else 1e3
+        _curve(above, value, [scale * each for each in seconds], "o-", figures.COLOURS["beta_05_05_l1"])
+        _curve(below, value, [each / 2**20 for each in memory], "s-", figures.COLOURS["l2_ae"])
         below.set_xlabel(LABELS[axis])
-        below.set_xticks(value, [f"{each:,}" if each < 10_000 else f"{each:.0e}".replace("e+0", "e") for each in value])
+        below.set_xticks(value, _numbers(value))
         below.minorticks_off()
-        above.set_ylabel("s, all images" if axis == "images" else "s an iteration")
+        above.set_ylabel("s, all images" if axis == "images" else "ms an iteration")
         below.set_ylabel("peak memory (MiB)")
     with atomic(path) as temporary:
         figure.savefig(temporary, metadata={"Software": None})
