@@ -290,17 +290,18 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def pick_device(device: str = "auto") -> torch.device:
     """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
 
-    Of several processes that torchrun started, each takes a GPU of its own. A GPU that is in the machine but that torch cannot use is warned of.
+    Of several processes that torchrun started, each takes a GPU of its own. Minibatches are of one size, so cuDNN may try which
+    of its convolutions is fastest. A GPU that is in the machine but that torch cannot use is warned of.
     """
     if device != "auto":
         chosen = torch.device(device)
-        if chosen.type == "cuda" and chosen.index is None:
-            torch.cuda.set_device(parallel.local_rank())
+        if chosen.type == "cuda" and torch.cuda.is_available():
+            _prepare_gpu(chosen.index)
         torch.zeros(1, device=chosen)
         return chosen
     if torch.cuda.is_available():
         try:
-            torch.cuda.set_device(parallel.local_rank())
+            _prepare_gpu()
             (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
             return torch.device("cuda")
         except RuntimeError as error:
@@ -311,6 +312,11 @@ def pick_device(device: str = "auto") -> torch.device:
             "used: install the torch build for your driver"
         )
     return torch.device("cpu")
+
+
+def _prepare_gpu(index: int | None = None) -> None:
+    torch.cuda.set_device(parallel.local_rank() if index is None else index)
+    torch.backends.cudnn.benchmark = True
 
 
 @torch.no_grad()

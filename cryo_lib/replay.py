@@ -55,6 +55,7 @@ def _warm_up(step: Callable[[], object]) -> None:
 
 def _capture(step: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, of a loader that pins memory, may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = step()
     return graph.replay, outputs
