@@ -49,7 +49,7 @@ def ceiling(
     def measure() -> dict[str, Any]:
         source = torch.zeros(copy_mib << 18, device=chosen)
         target = torch.ones_like(source)
-        with torch.inference_mode(), models.arithmetic(precision):
+        with torch.inference_mode(), models.arithmetic(precision, one_size=True):
             return {
                 "gemm": best([gemm(n) for n in gemm_sizes]),
                 "conv": best([convolution(*level) for level in ((1, 2), (2, 4), (4, 8))]),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A piece of the trainings of the scale in params.yaml on a machine without this project's environment: torch, numpy, and what
-# cluster/pack.sh carried there. Ends within the minutes given, counting from its start; call it until nothing is left.
+# cluster/pack.sh carried there. Ends at the first line of metrics after the minutes given, counting from its start: leave room
+# for one. Call it until nothing is left.
 #
 #     cluster/piece.sh MINUTES [PATTERN...]      patterns as of `python -m cryo_lib.cluster train`
 set -euo pipefail

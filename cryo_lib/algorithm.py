@@ -120,6 +120,8 @@ class Trainer:
         self, method: losses.Method, settings: Settings, pairs: Callable[[int], tuple[Any, Any]], seed: int, device: torch.device
     ) -> None:
         self.method, self.settings, self.pairs, self.seed, self.device = method, settings, pairs, seed, device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         x, y = pairs(0)
         self._load(0, x, y)
         with torch.random.fork_rng(devices=[]):
@@ -148,9 +150,10 @@ class Trainer:
         betas, on_gpu = (self.settings.beta1, self.settings.beta2), self.device.type == "cuda"
         return torch.optim.Adam(network.parameters(), rate, betas, fused=True, capturable=on_gpu)
 
-    def _load(self, epoch: int, x: Any, y: Any) -> None:
+    def _load(self, epoch: int, x: Any, y: Any, resident: bool | None = None) -> None:
+        self.batches = None  # the pairs before need not lie beside these
         half = self.settings.precision == "bf16" and self.device.type == "cuda"
-        self.batches, self._epoch = Batches(x, y, self.device, half), epoch
+        self.batches, self._epoch = Batches(x, y, self.device, half, resident), epoch
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -183,11 +186,11 @@ class Trainer:
     def advance(self, iterations: int) -> dict[str, Tensor]:
         """Run the next so many iterations, as far as there are any; the sums of their losses, on the device.
 
-        The host only starts work here and never waits for it. Of several processes each has its part of the sums.
+        Within an epoch the host only starts work and never waits for it. Of several processes each has its part of the sums.
         """
         sums: dict[str, Tensor] = {}
         end = min(self.iteration + iterations, self.iterations)
-        with models.arithmetic(self.settings.precision):
+        with models.arithmetic(self.settings.precision, one_size=True):
             while self.iteration < end:
                 epoch, first = divmod(self.iteration, self.iterations_per_epoch)
                 for minibatch in self._minibatches(epoch, slice(first, first + end - self.iteration)):
@@ -200,7 +203,7 @@ class Trainer:
     def _minibatches(self, epoch: int, chosen: slice) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """This process's part of the chosen minibatches of an epoch: references, noisy images, mixing, and how large a part."""
         if self.settings.redraw and epoch != self._epoch:
-            self._load(epoch, *self.pairs(epoch))
+            self._load(epoch, *self.pairs(epoch), self.batches.resident)
         whole = self.epoch_batches(epoch)[chosen]
         order = [rows[parallel.part(len(rows))] for rows in whole]
         mixing = self.epoch_mixing(epoch)[chosen].to(self.device)
@@ -412,6 +415,7 @@ class Trainer:
         for name in self._parts():
             getattr(self, name).load_state_dict(state[name])
         self.iteration, self.history = state["iteration"], state["history"]
+        self._replayed = None  # the optimisers' tensors are new ones
 
     def _parts(self) -> tuple[str, ...]:
         parts = ("generator", "optimise_g")

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from cryo_lib import models, notebooks, training
+from cryo_lib import models, notebooks, parallel, training
 from cryo_lib.experiments import Dataset, Run, expand, read_scale
 
 SCRATCH = Path(".scratch")
@@ -43,7 +43,8 @@ def parameters(params: dict[str, Any], study: str, run: Run) -> dict[str, Any]:
     variants = params["study"][study]["variants"]
     one = {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
     one["variants"] = {run.variant: variants[run.variant]} if run.variant else {}
-    given = {"scale": params["scale"], "study": study, "dataset": "ribosome" if of_particles else "rnap", "device": "auto"}
+    data, _ = folders(params, study)
+    given = {"scale": params["scale"], "study": study, "dataset": data.name, "device": "auto"}
     settings = params["train"] | (params["particle_train"] if of_particles else {})
     if study in params["supplement_studies"]:
         settings = settings | {"on_failure": "record"}
@@ -87,9 +88,11 @@ def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run
 def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf, device: str = "auto") -> int:
     """Train what is not finished, in the order of the patterns, for so many minutes; how many trainings are left.
 
-    The one under way when the time is up stops at its next line of metrics, and goes on from there at the next call. A
-    training that breaks is told of and counts as left; the others go on.
+    The one under way when the time is up stops at its next line of metrics (so up to a line later), and goes on from there at the next call. A
+    training that breaks, or has no data yet, is told of and counts as left; the others go on. RuntimeError under torchrun.
     """
+    if parallel.size() > 1:
+        raise RuntimeError("train: expected one process, got torchrun's several; use `run INDEX` under torchrun")
     until, left = time.monotonic() + 60 * minutes, 0
     for study, run in in_order(params, patterns):
         if finished(params, study, run):
@@ -100,7 +103,7 @@ def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf,
             print(f"{study}/{run.folder.as_posix()}", flush=True)
             try:
                 done = training.run(run, settings, data, out, SCRATCH, device, until=until)
-            except training.TrainingError as error:
+            except (training.TrainingError, FileNotFoundError) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
         if done:
             print(f"  PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
@@ -185,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             for i, (study, run) in chosen(params, options.studies).items():
                 print(f"{i:4d}  {'finished' if finished(params, study, run) else '-':8s}  {study}/{run.folder.as_posix()}")
-    except (notebooks.NotebookError, FileNotFoundError, ValueError) as error:
+    except (RuntimeError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

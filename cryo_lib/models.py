@@ -264,15 +264,20 @@ PRECISIONS = ("float32", "tf32", "bf16")  # of the networks' passes: IEEE single
 
 
 @contextlib.contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """How a GPU multiplies float32 numbers within: exactly for "float32", rounded to tf32 for the other `PRECISIONS`."""
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [kind.fp32_precision for kind in kinds]
+def arithmetic(precision: str, one_size: bool = False) -> Iterator[None]:
+    """How a GPU multiplies float32 numbers within: exactly for "float32", rounded to tf32 for the other `PRECISIONS`.
+
+    Where minibatches are of `one_size`, cuDNN tries once which of its convolutions is fastest.
+    """
+    kinds = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before, searching = [kind.fp32_precision for kind in kinds], torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = one_size
     try:
         for kind in kinds:
             kind.fp32_precision = "ieee" if checks.choice("precision", precision, PRECISIONS) == "float32" else "tf32"
         yield
     finally:
+        torch.backends.cudnn.benchmark = searching
         for kind, value in zip(kinds, before):
             kind.fp32_precision = value
 
@@ -290,21 +295,24 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def pick_device(device: str = "auto") -> torch.device:
     """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
 
-    Of several processes that torchrun started, each takes a GPU of its own. Minibatches are of one size, so cuDNN may try which
-    of its convolutions is fastest. A GPU that is in the machine but that torch cannot use is warned of.
+    Of several processes that torchrun started, each takes a GPU of its own; RuntimeError or ValueError where it cannot. A GPU that is in the machine but that torch cannot use is warned of.
     """
     if device != "auto":
         chosen = torch.device(device)
+        if chosen.type == "cuda" and parallel.size() > 1 and chosen.index is not None:
+            raise ValueError(f"device: expected cuda, of which each of {parallel.size()} processes takes its own, got {device}")
         if chosen.type == "cuda" and torch.cuda.is_available():
-            _prepare_gpu(chosen.index)
+            torch.cuda.set_device(parallel.local_rank() if chosen.index is None else chosen.index)
         torch.zeros(1, device=chosen)
         return chosen
     if torch.cuda.is_available():
         try:
-            _prepare_gpu()
+            torch.cuda.set_device(parallel.local_rank())
             (torch.zeros(8, 8, device="cuda") @ torch.zeros(8, 8, device="cuda")).cpu()
             return torch.device("cuda")
         except RuntimeError as error:
+            if parallel.size() > 1:
+                raise  # the others wait on a GPU for this one
             warnings.warn(f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}")
     elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
         warnings.warn(
@@ -312,11 +320,6 @@ def pick_device(device: str = "auto") -> torch.device:
             "used: install the torch build for your driver"
         )
     return torch.device("cpu")
-
-
-def _prepare_gpu(index: int | None = None) -> None:
-    torch.cuda.set_device(parallel.local_rank() if index is None else index)
-    torch.backends.cudnn.benchmark = True
 
 
 @torch.no_grad()

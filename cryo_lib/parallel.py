@@ -40,7 +40,8 @@ def local_rank() -> int:
 @cache
 def _join() -> None:
     """Meet the other processes, once: tensors on a GPU go by NCCL, those on the CPU by gloo."""
-    dist.init_process_group("cpu:gloo,cuda:nccl" if dist.is_nccl_available() else "gloo")
+    with_gpus = dist.is_nccl_available() and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if with_gpus else "gloo")
     atexit.register(dist.destroy_process_group)
 
 
@@ -125,13 +126,20 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives in the first process, in all of them; the others do not call it, and wait."""
+    """What `make` gives, or raises, in the first process, in all of them; the others do not call it, and wait."""
     if size() == 1:
         return make()
     _join()
-    holder = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(holder, device=torch.device("cpu"))
-    return holder[0]
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def in_order(images: np.ndarray, most: int) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ class Replayed:
     ) -> None:
         self._inputs = [value.clone() for value in inputs]
         before = [(value, value.detach().clone()) for value in state()]
-        _warm_up(lambda: step(*self._inputs))
+        _warm_up(lambda: step(*self._inputs), inputs[0].device)
         known = {id(value) for value, _ in before}
         with torch.no_grad():
             for value, saved in before:
@@ -34,7 +34,7 @@ class Replayed:
             for value in state():
                 if id(value) not in known:
                     value.zero_()
-        self._replay, self._outputs = _capture(lambda: step(*self._inputs))
+        self._replay, self._outputs = _capture(lambda: step(*self._inputs), inputs[0].device)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """What `step` gives for these inputs; the next call overwrites it."""
@@ -44,18 +44,18 @@ class Replayed:
         return self._outputs
 
 
-def _warm_up(step: Callable[[], object]) -> None:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def _warm_up(step: Callable[[], object], device: torch.device) -> None:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def _capture(step: Callable[[], dict[str, Tensor]]) -> tuple[Callable[[], None], dict[str, Tensor]]:
+def _capture(step: Callable[[], dict[str, Tensor]], device: torch.device) -> tuple[Callable[[], None], dict[str, Tensor]]:
     graph = torch.cuda.CUDAGraph()
     # Other threads, of a loader that pins memory, may go on meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         outputs = step()
     return graph.replay, outputs

@@ -271,6 +271,9 @@ def test_bf16_steps_are_those_of_float32_but_for_rounding(method):
 def test_the_arithmetic_of_a_gpu_is_set_for_a_training_and_set_back():
     kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = [kind.fp32_precision for kind in kinds]
+    with models.arithmetic("tf32", one_size=True):
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.benchmark
     for precision, expected in (("float32", "ieee"), ("tf32", "tf32"), ("bf16", "tf32")):
         with models.arithmetic(precision):
             assert [kind.fp32_precision for kind in kinds] == [expected, expected]
@@ -283,7 +286,7 @@ def test_replayed_steps_are_the_eager_ones(method, resumed, double, tmp_path, mo
     """With the capture emulated (a replay calls the step on the same tensors and fills the same outputs), for the rest is ours:
     the warm-up leaves no trace in weights, statistics and moments, inputs and rates reach the step, the last minibatch fits."""
 
-    def capture(step):
+    def capture(step, device):
         saved = [value.clone() for value in t._state()]
         outputs = step()
         with torch.no_grad():
@@ -296,17 +299,17 @@ def test_replayed_steps_are_the_eager_ones(method, resumed, double, tmp_path, mo
 
         return again, outputs
 
-    monkeypatch.setattr(replay, "_warm_up", lambda step: [step() for _ in range(replay.WARM_UP)])
+    monkeypatch.setattr(replay, "_warm_up", lambda step, device: [step() for _ in range(replay.WARM_UP)])
     monkeypatch.setattr(replay, "_capture", capture)
     settings, ends = replace(SMALL, decay=0.5), []
     for captures in (False, True):
         t = trainer(method, settings)
-        if resumed:
+        t._captures = captures
+        if resumed:  # by the same trainer, whose capture is then of tensors that are no longer the state
             t.advance(3)
             t.save_state(tmp_path / "state.pt")
-            t = trainer(method, settings)
+            t.advance(2)
             t.load_state(tmp_path / "state.pt")
-        t._captures = captures
         sums = t.advance(100)
         assert (t._replayed is not None) == captures
         ends.append((sums, {f"{part}.{k}": v for part in t._parts() for k, v in flat(getattr(t, part).state_dict()).items()}))
@@ -329,21 +332,22 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torc
 @pytest.mark.parametrize("method", ["l1_ae", "beta_05_05_l1", "wgan_gp_l1"])
 def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method):
     x, ends = np.random.default_rng(1).random((18, 32, 32), np.float32), []
+    noisy = torch.as_tensor(x[:, None] + 0.1).cuda()
     for cuda_graph in (False, True):
         settings = replace(SMALL, cuda_graph=cuda_graph, eta_g=1e-3)
         t = Trainer(losses.METHODS[method], settings, lambda epoch: (x, x + 0.1), 0, torch.device("cuda"))
         t.advance(1)
+        (taken,) = t._minibatches(0, slice(1, 2))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for minibatch_ in list(t._minibatches(0, slice(1, 2))):
-                t._step(*minibatch_)
+            t._step(*taken)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         t.iteration += 1
         t.advance(100)
-        ends.append(t.generator.state_dict())
-    for name in ends[0]:
-        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            ends.append(t.generator(noisy))
+    assert (ends[0] - ends[1]).abs().mean() < 0.02 * ends[0].std()
 
 
 def test_time_that_is_up_stops_at_a_line_of_metrics_to_be_gone_on_with(tmp_path):

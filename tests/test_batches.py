@@ -43,9 +43,11 @@ def test_the_cpu_takes_pairs_where_they_lie(pairs):
     assert batches.resident and batches.noisy(6)[3, 0, 4, 5] == 7.0
 
 
-def test_pairs_kept_at_16_bit_are_rounded_and_come_as_they_were_given(pairs):
+@pytest.mark.parametrize("resident", [True, False])
+def test_pairs_at_16_bit_are_rounded_and_come_as_they_were_given(pairs, resident):
+    """So that results do not depend on whether pairs fit the GPU."""
     x, y = pairs
-    batches = Batches(x, y, CPU, half=True)
+    batches = Batches(x, y, CPU, half=True, resident=resident)
     ((got_x, got_y),) = batches.take([torch.arange(6)])
     assert got_x.dtype == got_y.dtype == batches.noisy(1).dtype == torch.float32
     np.testing.assert_array_equal(got_x[:, 0], x.astype(np.float16))

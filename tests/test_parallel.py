@@ -97,6 +97,25 @@ def test_batch_norm_of_two_processes_is_that_of_the_whole_batch_to_the_second_de
                 torch.testing.assert_close(each[name], value, msg=name)
 
 
+RAISES = """
+from cryo_lib import parallel
+
+def fails():
+    raise ValueError("the disk is full")
+
+try:
+    parallel.from_first(fails)
+except ValueError as error:
+    print("said:", error)
+print("then:", parallel.from_first(lambda: "together"))
+"""
+
+
+def test_what_the_first_process_raises_all_raise(script):
+    printed = torchrun(script(RAISES))
+    assert printed.count("the disk is full") == 2 and printed.count("then: together") == 2
+
+
 TRAIN = """
 import sys, numpy, torch
 from cryo_lib import losses, parallel

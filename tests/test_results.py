@@ -16,7 +16,6 @@ from cryo_lib.experiments import expand, read_scale
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "laptop"
 SHIPPED = ROOT / "weights" / "laptop" / "beta_05_05_l1.safetensors"
-needs_weights = pytest.mark.skipif(not SHIPPED.is_file(), reason="no weights/laptop yet: `dvc repro weights`")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,6 @@ def test_pure_noise_for_a_reference_harms_l2_more_than_any_wrong_projection(supp
     assert len(harder) == 4 and (noise > 2 * harder).all()
 
 
-@needs_weights
 def test_the_shipped_network_is_a_16_bit_file_of_at_most_10_mb_that_loads():
     assert SHIPPED.stat().st_size <= 10e6
     stored = load_file(SHIPPED)
@@ -211,7 +209,6 @@ def test_the_shipped_network_is_a_16_bit_file_of_at_most_10_mb_that_loads():
     assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
 
 
-@needs_weights
 def test_the_shipped_network_is_the_one_of_the_best_validation_psnr():
     weights = read_scale(ROOT / "scales" / "laptop.yaml")["weights"]
     folder = ROOT / "runs" / "laptop" / weights["weights_study"] / weights["weights_method"] / weights["weights_experiment"]
