@@ -126,7 +126,6 @@ def script(notebook: str | Path, parameters: dict[str, Any], complete: bool = Fa
 
     `complete` as in `check_parameters`, which says what is raised; so is whatever a cell raises.
     """
-    os.environ.setdefault("MPLBACKEND", "agg")
     notebook, names = Path(notebook), {"__name__": "__main__"}
     cells = [cell for cell in _read(notebook, parameters, complete).cells if cell.cell_type == "code"]
     for i, cell in enumerate(cells, 1):
