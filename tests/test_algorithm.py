@@ -15,22 +15,7 @@ from cryo_lib.algorithm import Settings, Trainer, TrainingError
 
 SMALL = Settings(width=2, epochs=2, batch_size=4, log_every=3)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def double():
-    """Double precision, in which rounding cannot hide behind Adam's normalisation of tiny gradients."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(method="beta_05_05_l1", settings=SMALL, seed=0, n=18):

@@ -21,14 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def double():
-    """Double precision, in which rounding cannot hide behind Adam's normalisation of tiny gradients."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("method", ["l1_ae", "l2_ae", "js_l1", "beta_05_05_l1", "wgan_gp_l1"])
 def test_the_plain_loop_takes_the_steps_of_our_engine(method, double):
     """From the same weights, on the same minibatches and mixing: two iterations later the same weights and losses."""

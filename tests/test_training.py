@@ -17,14 +17,7 @@ from cryo_lib.training import Settings, Trainer, TrainingError
 
 SMALL = Settings(width=2, epochs=2, batch_size=4, log_every=3)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
