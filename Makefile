@@ -17,17 +17,17 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@touch $@
 
 repro: setup
-	@python -m cryo_lib.experiments
+	@python -m cryo_lib.paper.experiments
 	dvc repro
-	@python -m cryo_lib.tables
-	@python -m cryo_lib.notebooks report
+	@python -m cryo_lib.paper.tables
+	@python -m cryo_lib.paper.notebooks report
 
 # Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped. See README.md.
 MINUTES ?= 9
 ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
 gpu: setup
 	dvc repro projections
-	python -m cryo_lib.cluster train --minutes $(MINUTES) $(ORDER)
+	python -m cryo_lib.paper.cluster train --minutes $(MINUTES) $(ORDER)
 
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile

@@ -15,9 +15,10 @@ import torch
 from benchmarks import accuracy, curves, denoise, geometry, growth, steps, tables
 from benchmarks.sizes import Size, size_of
 from benchmarks.worker import ROOT
-from cryo_lib import checks, imaging, models
-from cryo_lib.files import write_json, write_text
-from cryo_lib.tables import insert
+from cryo_lib import checks
+from cryo_lib.files import cores, write_json, write_text
+from cryo_lib.networks import models
+from cryo_lib.paper.tables import insert
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {
     "steps": steps.run,
@@ -41,7 +42,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "device_type": device,
-        "cores": imaging.cores(),
+        "cores": cores(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),

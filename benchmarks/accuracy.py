@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sizes import KINDS, Size
-from cryo_lib import experiments, imaging, structures, training
 from cryo_lib.files import write_json
+from cryo_lib.networks import runs
+from cryo_lib.simulate import density, projection, structures
 
 EXPERIMENT = "awgn-0.1-none"
 BOX = 204.8  # A, of the projected phantom
 
 
 def write_pairs(folder: Path, size: int, counts: dict[str, int]) -> Path:
-    """Write projections of the phantom's two ends, `counts` of each split, as `experiments.Dataset` reads them."""
+    """Write projections of the phantom's two ends, `counts` of each split, as `stacks.dataset.Dataset` reads them."""
     pixel_size = BOX / size
     ends = structures.prepare("phantom", 2)
-    volumes = np.stack([imaging.density(each, size, pixel_size, 2 * pixel_size) for each in ends])
+    volumes = np.stack([density.density(each, size, pixel_size, 2 * pixel_size) for each in ends])
     for seed, (split, n) in enumerate(counts.items()):
-        x, _, _ = imaging.simulate(volumes, n, seed=seed)
+        x, _, _ = projection.simulate(volumes, n, seed=seed)
         np.save(folder / f"x_{split}.npy", x)
     write_json(folder / "card.json", {"image_size": size, "pixel_size": pixel_size, "seed": 0})
     return folder
@@ -37,14 +38,14 @@ def run(device: str, size: Size) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         data = write_pairs(Path(name), chosen["size"], {"train": chosen["pairs"], "val": chosen["validation"]})
         seeds = range(chosen["seeds"])
-        runs = [experiments.Run(method, EXPERIMENT, seed) for seed in seeds for method in KINDS]
+        tasks = [runs.Run(method, EXPERIMENT, seed) for seed in seeds for method in KINDS]
         for precision in size.precisions:
             print(f"accuracy: {precision}", flush=True)
             out = data / precision
-            settings = training.Settings(**network, precision=precision, log_every=chosen["pairs"])
-            training.run_grid(runs, settings, data, out, data / "scratch", device)
+            settings = runs.Settings(**network, precision=precision, log_every=chosen["pairs"])
+            runs.run_grid(tasks, settings, data, out, data / "scratch", device)
             for method in KINDS:
-                cards = [out / run.folder / "generator.json" for run in runs if run.method == method]
+                cards = [out / run.folder / "generator.json" for run in tasks if run.method == method]
                 psnr = [json.loads(card.read_text())["validation"]["psnr"] for card in cards]
                 rows.append({"method": method, "precision": precision, "psnr": psnr})
     return {"configuration": dict(chosen), "rows": rows}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.worker import median_time
-from cryo_lib import models
+from cryo_lib.networks import models
 
 
 def ceiling(

@@ -8,8 +8,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from cryo_lib import figures
 from cryo_lib.files import atomic
+from cryo_lib.paper import figures
 
 LABELS = {
     "size": "image size (px)",

@@ -22,8 +22,10 @@ import torch
 
 from benchmarks.sizes import Size
 from benchmarks.worker import ROOT, Gang, alternate, peak_memory, timed
-from cryo_lib import denoising, models, mrc, particles
-from cryo_lib.particles import ParticleStack
+from cryo_lib.denoisers import apply
+from cryo_lib.networks import models
+from cryo_lib.stacks import mrc, particles
+from cryo_lib.stacks.particles import ParticleStack
 
 TOPAZ = ROOT / "build" / "topaz"
 INSTALL = "pip install --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0"
@@ -57,23 +59,21 @@ def write_noise(path: Path, n: int, size: int) -> Path:
 
 
 def ours(device: str, stack: str, width: int, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
-    """A measurement of `denoising.denoise_stack`: `work` in images, `seconds`, `peak_memory` in bytes."""
+    """A measurement of `apply.denoise_stack`: `work` in images, `seconds`, `peak_memory` in bytes."""
     chosen = torch.device(device)
     size = ParticleStack.open(stack).images.shape[-1]
     model = models.GENERATORS["resnet"](size, width).eval().to(chosen, memory_format=torch.channels_last)
 
     def measure() -> dict[str, Any]:
         opened = ParticleStack.open(stack)
-        seconds = timed(
-            chosen, lambda: denoising.denoise_stack(model, opened, out, batch_size=batch, precision=precision)
-        )
+        seconds = timed(chosen, lambda: apply.denoise_stack(model, opened, out, batch_size=batch, precision=precision))
         return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
 
     return measure
 
 
 def memory(stack: str, width: int, out: str) -> Callable[..., dict[str, Any]]:
-    """A measurement of `denoising.denoise_stack` on the CPU: `seconds`, `before` and `peak_memory` in bytes.
+    """A measurement of `apply.denoise_stack` on the CPU: `seconds`, `before` and `peak_memory` in bytes.
 
     `before` is what it took before it opened the stack, of which torch's libraries are most.
     """
@@ -82,7 +82,7 @@ def memory(stack: str, width: int, out: str) -> Callable[..., dict[str, Any]]:
 
     def measure() -> dict[str, Any]:
         before = peak_memory(cpu)
-        seconds = timed(cpu, lambda: denoising.denoise_stack(model, stack, out))
+        seconds = timed(cpu, lambda: apply.denoise_stack(model, stack, out))
         return {"seconds": seconds, "before": before, "peak_memory": peak_memory(cpu)}
 
     return measure
@@ -102,7 +102,7 @@ def topaz(
     """
     sys.path.append(folder)
     from topaz import denoise  # noqa: PLC0415
-    from topaz.denoising.models import UDenoiseNet  # noqa: PLC0415
+    from topaz.apply.models import UDenoiseNet  # noqa: PLC0415
 
     chosen, on_gpu = torch.device(device), device == "cuda"
     network = UDenoiseNet(base_width=11, top_width=5)
@@ -121,7 +121,7 @@ def topaz(
             if batch is None:
                 seconds = timed(chosen, whole)
             else:
-                work = lambda: denoising.denoise_stack(denoiser.denoise, opened, out, batch_size=batch)  # noqa: E731
+                work = lambda: apply.denoise_stack(denoiser.denoise, opened, out, batch_size=batch)  # noqa: E731
                 seconds = timed(chosen, work)
         return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
 

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.sizes import Size
 from benchmarks.worker import Gang, timed
-from cryo_lib import imaging, reconstruction
+from cryo_lib.evaluate import reconstruction
+from cryo_lib.simulate import projection
 
 CPU = torch.device("cpu")
 
@@ -25,12 +26,12 @@ def rates(size: int, images: int) -> Callable[..., dict[str, Any]]:
     axis = (np.arange(size) - size // 2) / (size / 2)
     ball = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 0.64  # as a particle fills its box
     volume = np.random.default_rng(0).random(ball.shape, np.float32) * ball
-    rotations = imaging.random_rotations(images, 0)
-    projections = imaging.project(volume, rotations)
+    rotations = projection.random_rotations(images, 0)
+    projections = projection.project(volume, rotations)
     reconstruction.reconstruct(projections[:16], rotations[:16])
 
     def measure() -> dict[str, Any]:
-        project = timed(CPU, lambda: imaging.project(volume, rotations))
+        project = timed(CPU, lambda: projection.project(volume, rotations))
         reconstruct = timed(CPU, lambda: reconstruction.reconstruct(projections, rotations))
         return {"project": images / project, "reconstruct": images / reconstruct}
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cryo_lib import losses
+from cryo_lib.networks import losses
 
 
 class PlainLoop:
@@ -23,14 +23,26 @@ class PlainLoop:
     generator, discriminator : freshly made networks, moved to `device`; the discriminator is None for an autoencoder.
     x, y : references and noisy images, `(n, h, w)` numpy arrays of the networks' dtype.
     batch_size : pairs a minibatch. seed : of the minibatches' order and of WGANgp's mixing.
-    k_d, k_g, eta_d, eta_g, lam, mu : as in `training.Settings`; the defaults are the paper's.
+    k_d, k_g, eta_d, eta_g, lam, mu : as in `runs.Settings`; the defaults are the paper's.
     """
 
     def __init__(
-        self, method: losses.Method, generator: nn.Module, discriminator: nn.Module | None, x: np.ndarray,
-        y: np.ndarray, batch_size: int, device: torch.device, seed: int = 0, k_d: int = 1, k_g: int = 2,
-        eta_d: float = 1e-3, eta_g: float = 1e-2, lam: float = 10.0, mu: float = 10.0,
-    ) -> None:  # fmt: skip
+        self,
+        method: losses.Method,
+        generator: nn.Module,
+        discriminator: nn.Module | None,
+        x: np.ndarray,
+        y: np.ndarray,
+        batch_size: int,
+        device: torch.device,
+        seed: int = 0,
+        k_d: int = 1,
+        k_g: int = 2,
+        eta_d: float = 1e-3,
+        eta_g: float = 1e-2,
+        lam: float = 10.0,
+        mu: float = 10.0,
+    ) -> None:
         self.method, self.x, self.y, self.batch_size, self.device = method, x, y, batch_size, device
         self.k_d, self.k_g, self.lam, self.mu = k_d, k_g, lam, mu
         self.rng = np.random.default_rng(seed)

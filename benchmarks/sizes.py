@@ -87,12 +87,24 @@ def size_of(name: str, device: str) -> Size:
     if name == "quick":
         step = Configuration("Test, 32 px, width 2", 32, 2, 4, 16, "float32", ("wgan_gp_l1",), 0.1, 3)
         return Size(
-            steps=(step,), growth=(Curve("width", (2, 4), {"size": 32, "batch": 4, "pairs": 16}),),
-            gemm_sizes=(64, 128), copy_mib=16, repeats=3, denoise_size=32, denoise_width=2, denoise_images=16,
-            denoise_batch=8, denoise_repeats=2, memory_images=(200, 400), memory_star=200, geometry_size=32,
-            geometry_images=64, growth_seconds=0.1, growth_repeats=2,
+            steps=(step,),
+            growth=(Curve("width", (2, 4), {"size": 32, "batch": 4, "pairs": 16}),),
+            gemm_sizes=(64, 128),
+            copy_mib=16,
+            repeats=3,
+            denoise_size=32,
+            denoise_width=2,
+            denoise_images=16,
+            denoise_batch=8,
+            denoise_repeats=2,
+            memory_images=(200, 400),
+            memory_star=200,
+            geometry_size=32,
+            geometry_images=64,
+            growth_seconds=0.1,
+            growth_repeats=2,
             accuracy={"size": 32, "width": 2, "batch": 8, "pairs": 32, "validation": 8, "epochs": 1, "seeds": 2},
-        )  # fmt: skip
+        )
     if device == "cpu":
         return Size(
             steps=(
@@ -104,12 +116,22 @@ def size_of(name: str, device: str) -> Size:
                 Curve("width", (4, 8, 16, 32, 64), {"size": 48, "batch": 10, "pairs": 100}),
                 Curve("pairs", (1_000, 10_000, 100_000), {"size": 32, "width": 4, "batch": 10}),
             ),
-            gemm_sizes=(512, 1024, 2048), copy_mib=256, repeats=5, denoise_size=128, denoise_width=64,
-            denoise_images=48, denoise_batch=16, denoise_repeats=3,
-            memory_images=(10**3, 10**4, 10**5, 10**6), memory_star=10**5,
-            geometry_size=64, geometry_images=1000, growth_seconds=1.0, growth_repeats=3,
+            gemm_sizes=(512, 1024, 2048),
+            copy_mib=256,
+            repeats=5,
+            denoise_size=128,
+            denoise_width=64,
+            denoise_images=48,
+            denoise_batch=16,
+            denoise_repeats=3,
+            memory_images=(10**3, 10**4, 10**5, 10**6),
+            memory_star=10**5,
+            geometry_size=64,
+            geometry_images=1000,
+            growth_seconds=1.0,
+            growth_repeats=3,
             accuracy={"size": 48, "width": 8, "batch": 10, "pairs": 1800, "validation": 200, "epochs": 1, "seeds": 3},
-        )  # fmt: skip
+        )
     return Size(
         steps=(Configuration("Paper, 128 px, width 64", 128, 64, 20, 5000, "bf16", PAPER, 1.0, 5),),
         growth=(
@@ -117,9 +139,20 @@ def size_of(name: str, device: str) -> Size:
             Curve("width", (4, 16, 32, 64), {"size": 128, "batch": 20, "pairs": 1000}),
             Curve("pairs", (1_000, 10_000, 100_000), {"size": 32, "width": 16, "batch": 20}),
         ),
-        gemm_sizes=(2048, 4096, 8192), copy_mib=1024, repeats=20, denoise_size=128, denoise_width=64,
-        denoise_images=4000, denoise_batch=100, denoise_repeats=3,
-        memory_images=(10**3, 10**4, 10**5, 10**6), memory_star=10**5,
-        precisions=("float32", "tf32", "bf16"), geometry_size=128, geometry_images=2000, growth_seconds=1.0, growth_repeats=3,
+        gemm_sizes=(2048, 4096, 8192),
+        copy_mib=1024,
+        repeats=20,
+        denoise_size=128,
+        denoise_width=64,
+        denoise_images=4000,
+        denoise_batch=100,
+        denoise_repeats=3,
+        memory_images=(10**3, 10**4, 10**5, 10**6),
+        memory_star=10**5,
+        precisions=("float32", "tf32", "bf16"),
+        geometry_size=128,
+        geometry_images=2000,
+        growth_seconds=1.0,
+        growth_repeats=3,
         accuracy={"size": 128, "width": 64, "batch": 20, "pairs": 5000, "validation": 200, "epochs": 1, "seeds": 3},
-    )  # fmt: skip
+    )

@@ -12,7 +12,8 @@ from benchmarks.count import Count
 from benchmarks.plain import PlainLoop
 from benchmarks.sizes import Configuration, Size
 from benchmarks.worker import Gang, alternate, iterations_for, peak_memory, timed
-from cryo_lib import imaging, losses, models, training
+from cryo_lib.files import cores
+from cryo_lib.networks import losses, models, runs
 
 ENDLESS = 1_000_000  # epochs, more than any measurement takes
 
@@ -26,13 +27,11 @@ def random_pairs(pairs: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def trainer(
     device: str, method: str, size: int, width: int, batch: int, pairs: int, precision: str, cuda_graph: bool = True
-) -> training.Trainer:
+) -> runs.Trainer:
     """Our engine with the paper's settings, at the start of a training without end."""
-    settings = training.Settings(
-        width=width, batch_size=batch, epochs=ENDLESS, precision=precision, cuda_graph=cuda_graph
-    )
+    settings = runs.Settings(width=width, batch_size=batch, epochs=ENDLESS, precision=precision, cuda_graph=cuda_graph)
     x, y = random_pairs(pairs, size)
-    return training.Trainer(losses.METHODS[method], settings, lambda epoch: (x, y), 0, torch.device(device))
+    return runs.Trainer(losses.METHODS[method], settings, lambda epoch: (x, y), 0, torch.device(device))
 
 
 def ours(device: str, batch: int, **options: Any) -> Callable[..., dict[str, Any]]:
@@ -73,8 +72,8 @@ def count(device: str, **options: Any) -> dict[str, int]:
 
 
 def side_by_side(device: str) -> dict[str, Any]:
-    """How our engine fills a device: one training on a GPU; on the CPU one a core, as `training.run_grid`."""
-    return {"count": imaging.cores(), "threads": 1} if device == "cpu" else {"count": 1, "threads": None}
+    """How our engine fills a device: one training on a GPU; on the CPU one a core, as `runs.run_grid`."""
+    return {"count": cores(), "threads": 1} if device == "cpu" else {"count": 1, "threads": None}
 
 
 def compare(device: str, configuration: Configuration, method: str) -> dict[str, Any]:

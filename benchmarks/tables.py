@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.denoise import INSTALL
-from cryo_lib.losses import METHODS
-from cryo_lib.tables import markdown
+from cryo_lib.networks.losses import METHODS
+from cryo_lib.paper.tables import markdown
 
 Results = Mapping[str, Any]
 NOISE = 3.0  # standard errors of the difference of two means over few seeds that still count as noise
@@ -260,8 +260,13 @@ def _accuracy(results: Results) -> str:
 
 
 SECTIONS = {
-    "steps": _steps, "denoise": _denoise, "memory": _memory, "geometry": _geometry, "growth": _growth, "accuracy": _accuracy
-}  # fmt: skip
+    "steps": _steps,
+    "denoise": _denoise,
+    "memory": _memory,
+    "geometry": _geometry,
+    "growth": _growth,
+    "accuracy": _accuracy,
+}
 
 
 def _machine(results: Results) -> str:
@@ -293,6 +298,7 @@ def report(results: Results) -> str:
     """The measurements as Markdown: the machine, the targets, and a table for each section that was measured."""
     head = (
         f"# Benchmarks: {results['environment']['device']}\n\n{_machine(results)}. Written by "
-        "`python -m benchmarks`; every ratio is of timings of this one run.\n\n## Targets\n\n" + markdown(_targets_table(results))
+        "`python -m benchmarks`; every ratio is of timings of this one run.\n\n## Targets\n\n"
+        + markdown(_targets_table(results))
     )
     return "\n".join([head, *(section(results) for name, section in SECTIONS.items() if name in results)])

@@ -3,7 +3,7 @@
 # cluster/pack.sh carried there. Ends at the first line of metrics after the minutes given, counting from its start: leave room
 # for one. Call it until nothing is left.
 #
-#     cluster/piece.sh MINUTES [PATTERN...]      patterns as of `python -m cryo_lib.cluster train`
+#     cluster/piece.sh MINUTES [PATTERN...]      patterns as of `python -m cryo_lib.paper.cluster train`
 set -euo pipefail
 minutes=${1:?"usage: cluster/piece.sh MINUTES [PATTERN...]"}
 shift
@@ -14,9 +14,9 @@ if [[ ! -d build/wheels/site ]]; then
 fi
 export PYTHONPATH="$PWD:$PWD/build/wheels/site" PYTHONUNBUFFERED=1
 if [[ ! -f data/$scale/rnap/card.json ]]; then
-    python3 -m cryo_lib.notebooks script notebooks/01_simulate_projections.ipynb -p scale "$scale" -s data \
+    python3 -m cryo_lib.paper.notebooks script notebooks/01_simulate_projections.ipynb -p scale "$scale" -s data \
         -p core_chain "$(sed -n 's/^  core_chain: \([A-Za-z0-9]*\).*/\1/p' params.yaml)" \
         -p clamp_chain "$(sed -n 's/^  clamp_chain: \([A-Za-z0-9]*\).*/\1/p' params.yaml)"
 fi
 spent=$((SECONDS / 60 + 1))
-exec python3 -m cryo_lib.cluster train --minutes "$((minutes > spent ? minutes - spent : 0))" "$@"
+exec python3 -m cryo_lib.paper.cluster train --minutes "$((minutes > spent ? minutes - spent : 0))" "$@"

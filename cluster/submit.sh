@@ -11,9 +11,9 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
 # shellcheck disable=SC2046
-dvc repro $(python -m cryo_lib.cluster data "$@")
+dvc repro $(python -m cryo_lib.paper.cluster data "$@")
 mkdir -p cluster/logs
-missing=$(python -m cryo_lib.cluster missing "$@")
+missing=$(python -m cryo_lib.paper.cluster missing "$@")
 after=()
 if [[ -n $missing ]]; then
     gres=${GRES-gpu:1}

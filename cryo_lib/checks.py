@@ -58,7 +58,9 @@ def same_shape(name_a: str, a: np.ndarray, name_b: str, b: np.ndarray) -> None:
         )
 
 
-def number(name: str, value: Any, *, low: float | None = None, high: float | None = None, above: float | None = None) -> float:
+def number(
+    name: str, value: Any, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> float:
     """Return `value` as a float within `[low, high]` and strictly greater than `above`.
 
     Raises
@@ -67,8 +69,12 @@ def number(name: str, value: Any, *, low: float | None = None, high: float | Non
     ValueError : not finite, or out of range.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}); in YAML write 1.0e-3, not 1e-3")
-    bounds = [f"> {above}"] * (above is not None) + [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+        raise TypeError(
+            f"{name}: expected a number, got {value!r} ({type(value).__name__}); in YAML write 1.0e-3, not 1e-3"
+        )
+    bounds = (
+        [f"> {above}"] * (above is not None) + [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+    )
     value = float(value)
     inside = (
         np.isfinite(value)
@@ -100,3 +106,16 @@ def choice(name: str, value: Any, options: Any) -> Any:
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, options))}, got {value!r}")
     return value
+
+
+def grey_range(name: str, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `(n,)` minima and maxima of images that vary."""
+    low, high = images.min(axis=(1, 2)), images.max(axis=(1, 2))
+    constant = low == high
+    if constant.any():
+        first = int(np.argmax(constant))
+        raise ValueError(
+            f"{name}: expected images that vary, got {int(constant.sum())} constant of {len(images)}, "
+            f"the first is image {first} (value {low[first]:g}); remove these images"
+        )
+    return low, high

@@ -1,7 +1,8 @@
-"""Writing files whole or not at all."""
+"""Files written whole or not at all, and where the process runs: its root, its cores, its code."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import json
@@ -49,7 +50,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def _explained(error: Exception, path: Path) -> Exception:
     """The error with the way out where the disk is full (whatever a writer calls that) or closed; itself otherwise."""
     number = getattr(error, "errno", None)
-    full = number in (errno.ENOSPC, errno.EDQUOT) or (path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16)
+    full = number in (errno.ENOSPC, errno.EDQUOT) or (
+        path.parent.is_dir() and shutil.disk_usage(path.parent).free < 1 << 16
+    )
     if full:
         number, advice = errno.ENOSPC, f"the disk is full; free space on the file system of {path.parent} and run again"
     elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -69,3 +72,73 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_json(path: str | Path, value: Any) -> Path:
     """Write `value` as indented JSON to `path` atomically and return the path; NaN is refused."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def enter_root() -> Path:
+    """Change to the repository's root (the first folder upwards that holds `dvc.yaml`) and return it.
+
+    JupyterLab starts a kernel in `notebooks/`, papermill in the root: after this call paths mean the same in both.
+    """
+    start = Path.cwd()
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file():
+            os.chdir(folder)
+            return folder
+    raise FileNotFoundError(
+        f"expected dvc.yaml in {start} or a folder above it, found none; start inside the repository"
+    )
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes docstrings away; comments are in no tree."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+        return self.generic_visit(node)
+
+
+def closure(source: str) -> str:
+    """Python code, and that of every module of this library that it imports, all the way down, without docstrings and comments.
+
+    It changes where what the code does may change, and nowhere else: what a stage of the pipeline depends on, and of what a
+    checkpoint's card holds the digest. Data that the code reads is not in it.
+
+    ValueError for a relative import, which names no module.
+    """
+    package = Path(__file__).parent
+    found, todo = {}, {"": source}
+    while todo:
+        name, text = todo.popitem()
+        tree = ast.parse(text)
+        for module in _imported(tree, name):
+            path = package.parent.joinpath(*module.split("."))
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            if module not in found and path.is_file():
+                todo[module] = path.read_text()
+        found[name] = ast.unparse(_Bare().visit(tree))
+    return (
+        "\n\n".join(f"# {name}\n{found[name]}" if name else found[name] for name in sorted(found) if found[name]) + "\n"
+    )
+
+
+def _imported(tree: ast.Module, name: str) -> Iterator[str]:
+    """The names of what a tree imports from this library; a name may be that of a module's attribute instead."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == __package__)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(
+                    f"{name or 'code'}: expected imports by full name, got a relative one in line {node.lineno}; write it out"
+                )
+            if node.module.split(".")[0] == __package__:
+                yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))

@@ -1,12 +1,15 @@
 """Files appear whole or not at all, and checks say what, expected, got and the way out."""
 
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from cryo_lib import checks, files
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -59,9 +62,21 @@ def test_images_pass_as_arrays_or_tensors():
         (np.zeros((2, 2)), ValueError, r"x: expected images of shape \(n, h, w\).*got \(2, 2\)"),
         (np.zeros((0, 2, 2)), ValueError, r"with n, h, w >= 1, got \(0, 2, 2\)"),
         (np.array([["a"]]), TypeError, "x: expected real numbers"),
-        (torch.zeros(1, 2, 2, device="meta"), TypeError, "x: expected a numpy array or a CPU tensor, got a tensor on meta"),
+        (
+            torch.zeros(1, 2, 2, device="meta"),
+            TypeError,
+            "x: expected a numpy array or a CPU tensor, got a tensor on meta",
+        ),
     ],
 )
 def test_what_is_no_stack_of_images_is_named(value, error, message):
     with pytest.raises(error, match=message):
         checks.as_images("x", value)
+
+
+def test_the_root_is_found_from_below_and_missed_loudly(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert files.enter_root() == ROOT and Path.cwd() == ROOT
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected dvc.yaml in"):
+        files.enter_root()

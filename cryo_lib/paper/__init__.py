@@ -1,0 +1,1 @@
+"""How the paper is made of it: scales, tables, figures, notebooks."""

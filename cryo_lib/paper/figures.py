@@ -1,0 +1,385 @@
+"""One style, one colour a method, scale bars in A: how every figure of the repository looks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from cryo_lib.files import atomic
+from cryo_lib.networks import models
+
+COLOURS = {  # Okabe-Ito and Tol, distinguishable without colour vision in print order
+    "noisy": "#bbbbbb",
+    "average": "#444444",
+    "gaussian": "#999999",
+    "bm3d": "#777777",
+    "ksvd": "#555555",
+    "nlm": "#8c6d46",
+    "cwf": "#5b4a8a",
+    "l2_ae": "#0072b2",
+    "l1_ae": "#56b4e9",
+    "js_l1": "#009e73",
+    "wgan_gp_l1": "#e69f00",
+    "beta_1_1_l1": "#cc79a7",
+    "beta_05_05_l1": "#d55e00",
+    "beta_m05_m05_l1": "#332288",
+    "beta_m1_m1_l1": "#882255",
+    "beta_1_m1_l1": "#999933",
+    "beta_05_m05_l1": "#117733",
+    "beta_01_m01_l1": "#ccae51",
+}
+MARKERS = {
+    "l2_ae": "s",
+    "l1_ae": "o",
+    "js_l1": "v",
+    "wgan_gp_l1": "^",
+    "beta_1_1_l1": "P",
+    "beta_05_05_l1": "D",
+    "beta_m05_m05_l1": "<",
+    "beta_m1_m1_l1": ">",
+    "beta_1_m1_l1": "X",
+    "beta_05_m05_l1": "p",
+    "beta_01_m01_l1": "h",
+}
+WIDTH = 7.0  # inches, two journal columns
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults: 8 pt sans serif, thin axes, embedded fonts, no random ids."""
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.labelsize": 8,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.linewidth": 0.7,
+            "lines.linewidth": 1.3,
+            "lines.markersize": 4,
+            "figure.dpi": 120,
+            "savefig.dpi": 300,
+            "figure.constrained_layout.use": True,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "cryo_lib",
+        }
+    )
+
+
+def save(figure: Figure, path: str | Path) -> list[Path]:
+    """Write `path`.png and `path`.pdf, atomically, the same bytes for the same figure."""
+    written = []
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
+        target = Path(f"{path}{suffix}")
+        with atomic(target) as temporary:
+            figure.savefig(temporary, metadata=metadata)
+        written.append(target)
+    return written
+
+
+def letter(ax: Axes, text: str) -> None:
+    """Panel letter at the upper left, outside the axes."""
+    ax.set_title(text, loc="left", fontweight="bold", fontsize=8)
+
+
+def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colour: str = "white") -> None:
+    """A bar of `length` A at the lower left of an image of `image_size` px of `pixel_size` A, with its length written."""
+    pixels, margin = length / pixel_size, 0.06 * image_size
+    ax.add_patch(Rectangle((margin, image_size - margin), pixels, 0.02 * image_size, color=colour, lw=0))
+    ax.text(
+        margin + pixels / 2,
+        image_size - 1.4 * margin,
+        f"{length:g} Å",
+        color=colour,
+        ha="center",
+        va="bottom",
+        fontsize=6,
+    )
+
+
+def bar_length(side: float) -> float:
+    """The longest of 1, 2, 5, 10, ... A that is at most a third of `side`."""
+    power = 10 ** np.floor(np.log10(side / 3))
+    return float(power * max(step for step in (1, 2, 5) if step * power <= side / 3))
+
+
+def show_image(ax: Axes, image: np.ndarray, title: str = "", limits: tuple[float, float] = (0.0, 1.0)) -> None:
+    """One image in grey on the fixed grey scale `limits`, no ticks."""
+    ax.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.spines[:].set_visible(False)
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    limits: Sequence[tuple[float, float]],
+    pixel_size: float,
+    columns: int,
+    bar: float = 50.0,
+    bar_in: int = 0,
+) -> Figure:
+    """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in image `bar_in`."""
+    rows = -(-len(images) // columns)
+    side = WIDTH / columns
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.3)), squeeze=False)
+    for ax in axes.flat[len(images) :]:
+        ax.set_axis_off()
+    for ax, image, title, limit in zip(axes.flat, images, titles, limits):
+        show_image(ax, image, title, limit)
+    scale_bar(axes.flat[bar_in], pixel_size, bar, images[bar_in].shape[-1])
+    return figure
+
+
+def noise_limits(image: np.ndarray) -> tuple[float, float]:
+    """Grey limits of a noisy image: mean +- 3 sd."""
+    return image.mean() - 3 * image.std(), image.mean() + 3 * image.std()
+
+
+def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None = None, pixels: int = 360) -> np.ndarray:
+    """A volume's isosurface as a molecular viewer draws it: orthographic, lit from the upper left, creases darkened.
+
+    Parameters
+    ----------
+    volume : `(n, n, n)`, [z, y, x]. level : density of the surface.
+    rotation : (3, 3), the viewing orientation in the convention of `projection.project`: x_view = rotation.T @ x_volume;
+        the viewer looks along +z, x to the right and y downwards, as images are shown.
+    pixels : side of the picture.
+
+    Returns
+    -------
+    `(pixels, pixels, 4)` float RGBA in [0, 1], transparent background.
+    """
+    n = len(volume)
+    rotation = np.eye(3) if rotation is None else rotation
+    centre = n // 2
+    side = (np.arange(pixels) + 0.5) * n / pixels - 0.5 - centre
+    depth = np.arange(-centre, centre, 0.5)
+    smooth = gaussian_filter(volume.astype(np.float32), 0.7)
+
+    def sample(array: np.ndarray, x: Any, y: Any, z: Any) -> np.ndarray:
+        points = np.tensordot(rotation, np.stack(np.broadcast_arrays(x, y, z)), axes=1) + centre
+        return map_coordinates(array, points[::-1], order=1, mode="constant")
+
+    front, hit, previous = (
+        np.full((pixels, pixels), np.nan),
+        np.zeros((pixels, pixels), bool),
+        np.zeros((pixels, pixels)),
+    )
+    for z in depth:
+        plane = sample(smooth, side[None, :], side[:, None], z)
+        new = (plane >= level) & ~hit
+        front[new] = z - 0.5 * (plane[new] - level) / np.maximum(plane[new] - previous[new], 1e-9)
+        hit |= new
+        previous = plane
+    y, x = np.nonzero(hit)
+    gradient = np.stack([sample(g, side[x], side[y], front[hit]) for g in np.gradient(smooth)[::-1]])
+    normal = -(rotation.T @ gradient)
+    normal /= np.linalg.norm(normal, axis=0) + 1e-9
+    light = np.array([-0.45, -0.55, -0.7])
+    lit = np.clip(light / np.linalg.norm(light) @ normal, 0, 1)
+    filled = np.where(hit, front, centre)
+    crease = front[hit] - gaussian_filter(filled, pixels / 60)[hit]
+    shade = (0.30 + 0.70 * lit) * np.clip(1 - 0.05 * np.clip(crease, 0, None), 0.45, 1)
+    shade *= 1 - 0.25 * (front[hit] - front[hit].min()) / np.ptp(front[hit])
+    picture = np.zeros((pixels, pixels, 4))
+    picture[hit, :3] = np.clip(shade, 0, 1)[:, None]
+    picture[hit, 3] = 1
+    return picture
+
+
+def tint(picture: np.ndarray, colour: str) -> np.ndarray:
+    """A grey RGBA picture of `surface_view` in a colour, highlights going to white."""
+    base, shade = np.array(mpl.colors.to_rgb(colour)), picture[..., :1]
+    tinted = np.clip(base * shade * 1.35, 0, 1) + 0.35 * np.clip(shade - 0.8, 0, 1)
+    return np.concatenate([np.clip(tinted, 0, 1), picture[..., 3:]], axis=-1)
+
+
+def level_holding(volume: np.ndarray, fraction: float) -> float:
+    """The density above which the densest `fraction` of the voxels lie: the surface that encloses that share of the box."""
+    return float(np.quantile(volume, 1 - fraction))
+
+
+def trace(model: torch.nn.Module) -> list[tuple[str, int, tuple[int, ...]]]:
+    """The stages of a network as it really runs: (operation, residual blocks, output shape (c, h, w)) by forward hooks."""
+    stages: list[tuple[str, int, tuple[int, ...]]] = []
+
+    def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
+        level = isinstance(module, models.Level)
+        shape = tuple((output[0] if level else output).shape[1:])
+        conv = module.resample if level else next(m for m in module.modules() if hasattr(m, "kernel_size"))
+        transposed = isinstance(conv, torch.nn.ConvTranspose2d)
+        name = f"{'transposed ' if transposed else ''}conv {conv.kernel_size[0]}×{conv.kernel_size[1]}, stride {conv.stride[0]}"
+        stages.append((name, len(module.blocks) if level else 0, shape))
+
+    watched = [*model.down, *getattr(model, "up", []), model.last]
+    handles = [module.register_forward_hook(hook) for module in watched]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 1, model.image_size, model.image_size))
+    for handle in handles:
+        handle.remove()
+    return stages
+
+
+def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
+    """Draw a network from its trace: a slab a feature map (height: pixels, width: channels), residual blocks, skips.
+
+    `tail` names what follows the last map.
+    """
+    stages = trace(model)
+    shapes = [(1, model.image_size, model.image_size)] + [shape for *_, shape in stages]
+    colours = {"in": "#dddddd", "conv": "#7fb2d9", "transposed": "#f0b27a", "residual": "#8cc9a1"}
+    tallest, at, tops = model.image_size, 0.0, []
+
+    def slab(shape: tuple[int, ...], colour: str, thickness: float) -> float:
+        nonlocal at
+        height = 0.35 + 2.2 * (shape[1] / tallest) ** 0.6
+        ax.add_patch(Rectangle((at, -height / 2), thickness, height, facecolor=colour, edgecolor="#333333", lw=0.5))
+        at += thickness
+        return height
+
+    for i, shape in enumerate(shapes):
+        thickness = 0.12 + 0.045 * np.log2(max(shape[0], 1))
+        name, blocks = ("in", 0) if i == 0 else stages[i - 1][:2]
+        start = at
+        height = slab(shape, colours["in" if i == 0 else "transposed" if "transposed" in name else "conv"], thickness)
+        for _ in range(blocks):
+            at += 0.03
+            slab(shape, colours["residual"], 0.11)
+        middle, bottom = (start + at) / 2, -height / 2 - 0.08
+        tops.append((start + thickness / 2, height / 2))
+        ax.text(middle, bottom, f"{shape[0]} × {shape[1]}²", ha="center", va="top", fontsize=6.5)
+        note = f"+ {blocks} residual" if blocks else ("" if i == 0 else name.replace(", ", ",\n"))
+        ax.text(
+            middle, bottom - 0.22, note, ha="center", va="top", fontsize=5.5, color="#2e7d4f" if blocks else "#333333"
+        )
+        if i + 1 < len(shapes):
+            ax.add_patch(
+                FancyArrowPatch(
+                    (at + 0.04, 0), (at + 0.42, 0), arrowstyle="-|>", mutation_scale=6, lw=0.7, color="#333333"
+                )
+            )
+            at += 0.46
+    ax.text(at + 0.1, 0, tail, ha="left", va="center", fontsize=6.5)
+    for up in range(1, len(getattr(model, "up", [])) + 1):
+        (x0, y0), (x1, y1) = tops[len(model.down) - up], tops[len(model.down) + up]
+        y = max(y0, y1) + 0.3
+        ax.plot([x0, x0, x1], [y0, y, y], color="#b03a2e", lw=0.8, ls=(0, (3, 1.5)))
+        ax.add_patch(
+            FancyArrowPatch((x1, y), (x1, y1), arrowstyle="-|>", mutation_scale=6, lw=0.8, color="#b03a2e", shrinkB=0)
+        )
+        ax.text(
+            (x0 + x1) / 2, y + 0.03, "skip, added before ReLU", fontsize=5.5, color="#b03a2e", ha="center", va="bottom"
+        )
+    handles = [
+        Rectangle((0, 0), 1, 1, facecolor=colours[k], edgecolor="#333333", lw=0.5)
+        for k in ("conv", "transposed", "residual")
+    ]
+    names = [
+        "conv 4×4, stride 2 + BN + ReLU",
+        "transposed conv 4×4, stride 2 + BN + ReLU",
+        "residual block: ReLU(x + BN(conv 3×3 x))",
+    ]
+    if not hasattr(model, "up"):
+        handles, names = handles[::2], names[::2]
+    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=6, handlelength=1)
+    ax.set(xlim=(-0.3, at + 1.2), ylim=(-1.95, 1.45), aspect="equal")
+    ax.set_axis_off()
+
+
+def show_slices(maps: dict[str, np.ndarray], z: int) -> Figure:
+    """Slice `z` of 8-bit volumes `(n, n, n)`, side by side under their titles."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(WIDTH, WIDTH / len(maps) + 0.3), squeeze=False)
+    for ax, (title, volume) in zip(axes.flat, maps.items()):
+        show_image(ax, volume[z], title, limits=(0, 255))
+    return figure
+
+
+def stack_colour(stack: str) -> str:
+    """The colour of a stack's curves: black for clean images, grey for noisy ones, else that of the method that denoised."""
+    return {"clean": "black", "noisy": "#999999"}.get(stack) or COLOURS[stack.split("/")[1]]
+
+
+def reconstructions(
+    maps: Mapping[str, np.ndarray],
+    letters: Sequence[str],
+    labels: Mapping[str, str],
+    curves: pd.DataFrame,
+    relion: Mapping[str, Any] | None,
+    stored: Mapping[str, Any],
+    reference: str = "the true volume",
+) -> Figure:
+    """Maps as surfaces over their central slices, and below them their FSC between half-maps and against the truth.
+
+    Parameters
+    ----------
+    maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
+    labels : stack -> what the legend calls it; those below `halves/`, of two networks, are drawn dashed.
+    curves : the rows of `results/<scale>/fsc.csv`.
+    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so. None
+        where it has no part.
+    stored : `results/<scale>/maps.npz`: `view`, `enclosed` and `pixel_size` are used.
+    reference : what the maps are compared with.
+    """
+    pixel_size = float(stored["pixel_size"])
+    figure = plt.figure(figsize=(WIDTH, 6.2))
+    above, below = figure.subfigures(2, 1, height_ratios=(3.5, 2.7))
+    axes = above.subplots(2, len(maps), squeeze=False)
+    for (top, bottom), (title, volume), mark in zip(axes.T, maps.items(), letters):
+        solid = volume.astype(np.float32)
+        picture = surface_view(solid, level_holding(solid, float(stored["enclosed"])), stored["view"])
+        top.imshow(tint(picture, "#7a9cc6"))
+        top.set_axis_off()
+        top.set_title(title)
+        letter(top, mark)
+        show_image(bottom, volume[len(volume) // 2], limits=(0, 255))
+    scale_bar(axes[1, 0], pixel_size, 50.0, volume.shape[-1])
+
+    halves, truth = below.subplots(1, 2, sharey=True)
+    for stack, label in labels.items():
+        rows = curves[curves["stack"] == stack]
+        style = {"color": stack_colour(stack), "ls": "--" if stack.startswith("halves/") else "-", "label": label}
+        halves.plot(rows["frequency"], rows["halves_corrected"], **style)
+        truth.plot(rows["frequency"], rows["truth_masked"], **style)
+        if refined := relion and relion["stacks"].get(stack):
+            style |= {"ls": ":", "label": f"{label}, poses by RELION"}
+            halves.plot(refined["frequency"], refined["corrected"], **style)
+            truth.plot(refined["frequency"], refined["truth"], **style)
+    if relion and not relion["ran"]:
+        halves.plot([], [], " ", label=relion["reason"])
+    _fsc_axes(halves, 0.143, "Between half-maps", pixel_size)
+    _fsc_axes(truth, 0.5, f"Against {reference}", pixel_size)
+    halves.set_ylabel("Fourier shell correlation")
+    letter(halves, letters[-1])
+    below.legend(*halves.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _fsc_axes(ax: Axes, threshold: float, title: str, pixel_size: float) -> None:
+    """Dress the axes of FSC curves over spatial frequency in 1/A: the threshold as a line, ticks written in A."""
+    nyquist = 0.5 / pixel_size
+    ticks = [100]
+    for resolution in (50, 30, 20, 15, 12, 10, 8, 7, 6, 5, 4, 3.5):
+        if 0.06 * nyquist < 1 / resolution - 1 / ticks[-1] and 1 / resolution < 0.97 * nyquist:
+            ticks.append(resolution)
+    ax.axhline(0, color="#cccccc", lw=0.6)
+    ax.axhline(threshold, color="#444444", lw=0.8, ls=(0, (4, 2)))
+    ax.text(0.995 * nyquist, threshold + 0.015, f"{threshold:g}", ha="right", fontsize=6.5, color="#444444")
+    ax.set_xticks([1 / resolution for resolution in ticks], [f"{resolution:g}" for resolution in ticks])
+    lowest = min(np.min(line.get_ydata(), initial=0.0) for line in ax.lines)
+    ax.set(
+        xlim=(0, nyquist), ylim=(min(-0.1, lowest - 0.04, ax.get_ylim()[0]), 1.04), xlabel="resolution (Å)", title=title
+    )

@@ -1,0 +1,236 @@
+"""Notebooks as pipeline stages: run with checked parameters, export their code, keep them free of outputs.
+
+python -m cryo_lib.paper.notebooks run NOTEBOOK OUT [-p name value]... [-s section]... [--params params.yaml]
+python -m cryo_lib.paper.notebooks script NOTEBOOK [-p name value]... [-s section]... [--params params.yaml]
+python -m cryo_lib.paper.notebooks export NOTEBOOKS BUILD
+python -m cryo_lib.paper.notebooks strip NOTEBOOK...
+python -m cryo_lib.paper.notebooks report [--params params.yaml]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from cryo_lib.files import write_text
+
+
+class NotebookError(RuntimeError):
+    """A notebook was given wrong parameters, or one of its cells failed."""
+
+
+def declared(notebook: nbformat.NotebookNode, name: str) -> dict[str, Any]:
+    """The parameters of the one cell tagged `parameters`, with their defaults."""
+    cells = [c for c in notebook.cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise NotebookError(f"{name}: expected one code cell tagged `parameters`, found {len(cells)}")
+    assignments = [node for node in ast.parse(cells[0].source).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
+
+
+def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any], complete: bool = False) -> None:
+    """Raise NotebookError for a parameter that the notebook does not declare, or of another type than its default.
+
+    With `complete` also for one that is not given: a parameter file that lacks a key must not fall back on a default.
+    """
+    missing = sorted(set(known) - set(given)) if complete else []
+    if missing:
+        raise NotebookError(
+            f"{name}: expected all of its parameters, {', '.join(missing)} not given; add to the section or pass with -p"
+        )
+    for key, value in given.items():
+        if key not in known:
+            raise NotebookError(f"{name}: unknown parameter {key!r}; it declares {', '.join(sorted(known))}")
+        default = known[key]
+        number = type(default) is float and type(value) is int
+        if default is not None and type(value) is not type(default) and not number:
+            raise NotebookError(
+                f"{name}: parameter {key!r} expects {type(default).__name__} (such as {default!r}), "
+                f"got {value!r} ({type(value).__name__}); in YAML write 1.0e-3, not 1e-3"
+            )
+
+
+def section(params: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """The mapping at a dotted name such as `study.table1`."""
+    value: Any = params
+    for part in dotted.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise NotebookError(f"parameters: no section {dotted!r}; there are {', '.join(params)}")
+        value = value[part]
+    if not isinstance(value, dict):
+        raise NotebookError(f"parameters: {dotted!r} is a value, expected a section")
+    return value
+
+
+def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.NotebookNode:
+    """A notebook that takes these parameters; NotebookError where there is none or it does not."""
+    if not path.is_file():
+        raise NotebookError(
+            f"{path}: no such notebook; there are {', '.join(map(str, sorted(path.parent.glob('*.ipynb'))))}"
+        )
+    notebook = nbformat.read(path, as_version=4)
+    check_parameters(path.name, declared(notebook, path.name), parameters, complete)
+    return notebook
+
+
+def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], complete: bool = False) -> Path:
+    """Execute `notebook` with papermill and `parameters`, streaming what it prints; the executed copy goes to `out`.
+
+    `complete` as in `check_parameters`. Of several processes that torchrun started, each executes it, and their kernels work
+    together where the library does; the copies of all but the first have their number in their names.
+
+    Raises
+    ------
+    NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
+    """
+    # jsonschema's optional checker of internationalised addresses costs papermill's import 2 s and nothing here needs it.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    notebook, out = Path(notebook), Path(out)
+    _read(notebook, parameters, complete)
+    if rank := int(os.environ.get("RANK", 0)):
+        out = out.with_stem(f"{out.stem}.{rank}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            notebook,
+            out,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            log_output=True,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
+    except PapermillExecutionError as error:
+        raise NotebookError(
+            f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {out})"
+        ) from error
+    return out
+
+
+def script(notebook: str | Path, parameters: dict[str, Any], complete: bool = False) -> dict[str, Any]:
+    """Execute a notebook's code in this process, without papermill and Jupyter; the names it leaves.
+
+    `complete` as in `check_parameters`, which says what is raised; so is whatever a cell raises.
+    """
+    notebook, names = Path(notebook), {"__name__": "__main__"}
+    cells = [cell for cell in _read(notebook, parameters, complete).cells if cell.cell_type == "code"]
+    for i, cell in enumerate(cells, 1):
+        exec(compile(cell.source, f"{notebook.name}, code cell {i}", "exec"), names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= parameters
+    return names
+
+
+def export(notebooks: str | Path, build: str | Path) -> list[Path]:
+    """Write the code cells of each notebook to `build/<name>.py`: what a stage depends on, whatever outputs or prose say."""
+    notebooks, build = Path(notebooks), Path(build)
+    written = []
+    for path in sorted(notebooks.glob("*.ipynb")):
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        written.append(write_text(build / f"{path.stem}.py", "\n\n".join(cells) + "\n"))
+    return written
+
+
+def strip(path: str | Path) -> bool:
+    """Remove outputs, counters and editor metadata from a notebook in place; True where it had any."""
+    path = Path(path)
+    before = path.read_text(encoding="utf-8")
+    notebook = nbformat.reads(before, as_version=4)
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    after = nbformat.writes(notebook) + "\n"
+    if after != before:
+        write_text(path, after)
+    return after != before
+
+
+def report(scale: str) -> str:
+    """What a scale's last run cost, stage by stage, and where its results are, as text to print."""
+    lines, total = [f"\nStages of the scale {scale!r}, as last run:"], 0.0
+    for path in sorted(Path("executed", scale).glob("*.ipynb")):
+        seconds = nbformat.read(path, as_version=4).metadata.get("papermill", {}).get("duration") or 0.0
+        total += seconds
+        lines.append(f"  {path.stem:42s} {seconds:7.1f} s")
+    lines.append(f"  {'together':42s} {total / 60:7.1f} min")
+    places = {"tables": f"results/{scale}", "figures": f"figures/{scale}"}
+    places |= {"RELION's stacks": f"denoised/{scale}", "denoised particles": f"denoised_particles/{scale}"}
+    places |= {"maps": f"maps/{scale}"}
+    lines += [
+        f"{name:18s} {folder}/" for name, folder in (places | {"executed notebooks": f"executed/{scale}"}).items()
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0 when all went well."""
+    parser = argparse.ArgumentParser(prog="python -m cryo_lib.paper.notebooks", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (
+        ("run", "execute a notebook with checked parameters"),
+        ("script", "the same in this process, without Jupyter"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("notebook")
+        if name == "run":
+            command.add_argument("out")
+        command.add_argument(
+            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, VALUE as YAML"
+        )
+        command.add_argument(
+            "-s",
+            action="append",
+            default=[],
+            metavar="SECTION",
+            help="all parameters of a section, such as study.table1; then none may be missing",
+        )
+        command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
+    command = commands.add_parser("export", help="write each notebook's code to a .py file")
+    command.add_argument("notebooks")
+    command.add_argument("build")
+    command = commands.add_parser("strip", help="remove outputs from notebooks in place")
+    command.add_argument("notebooks", nargs="+")
+    command = commands.add_parser("report", help="print the cost of each stage and where the results are")
+    command.add_argument("--params", default="params.yaml", help="the parameter file that names the scale")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command in ("run", "script"):
+            parameters: dict[str, Any] = {}
+            for name in options.s:
+                parameters |= section(yaml.safe_load(Path(options.params).read_text()), name)
+            parameters |= {name: yaml.safe_load(value) for name, value in options.p}
+            out = (options.out,) if options.command == "run" else ()
+            (run if out else script)(options.notebook, *out, parameters, complete=bool(options.s))
+        elif options.command == "export":
+            export(options.notebooks, options.build)
+        elif options.command == "report":
+            print(report(yaml.safe_load(Path(options.params).read_text())["scale"]))
+        else:
+            for path in options.notebooks:
+                print(f"{'stripped' if strip(path) else 'clean   '} {path}")
+    except (NotebookError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

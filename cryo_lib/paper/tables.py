@@ -1,0 +1,191 @@
+"""From one value an image to tables: means and standard deviations over seeds, the best marked, the paper's values beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cryo_lib.evaluate import metrics
+from cryo_lib.files import atomic, write_text
+from cryo_lib.networks.losses import METHODS
+
+METRICS = {"mse": metrics.mse, "psnr": metrics.psnr, "ssim": metrics.ssim}
+HIGHER_IS_BETTER = {"mse": False, "psnr": True, "ssim": True}
+KEYS = ["method", "experiment", "seed"]
+BASELINE_LABELS = {
+    "noisy": "Noisy input",
+    "average": "Average reference",
+    "gaussian": "Gaussian low-pass",
+    "bm3d": "BM3D",
+    "ksvd": "K-SVD",
+    "nlm": "Non-local means",
+    "cwf": "CWF",
+}
+LABELS = BASELINE_LABELS | {name: method.label for name, method in METHODS.items()}
+
+
+def score(x: Any, x_hat: Any, method: str, experiment: str, seed: int | None = None) -> pd.DataFrame:
+    """MSE, PSNR and SSIM of each image as rows `method, experiment, seed, image, mse, psnr, ssim`.
+
+    `x`, `x_hat` as in `metrics.mse`; `seed` None (no randomness) is written as -1.
+    """
+    values = {name: metric(x, x_hat) for name, metric in METRICS.items()}
+    rows = pd.DataFrame({"image": np.arange(len(values["mse"]))} | values)
+    for column, value in zip(reversed(KEYS), (-1 if seed is None else seed, experiment, method)):
+        rows.insert(0, column, value)
+    return rows
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
+    """Write a table as CSV, atomically, with `digits` significant digits and Unix line ends."""
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False, float_format=f"%.{digits}g", lineterminator="\n")
+    return Path(path)
+
+
+def write_per_image(folder: str | Path, rows: pd.DataFrame) -> list[Path]:
+    """Write `per_image_<metric>.csv`: a row a test image, a column a run (`method/experiment/seed`), for paired tests."""
+    run = rows["method"] + "/" + rows["experiment"] + rows["seed"].map(lambda s: "" if s < 0 else f"/seed{s}")
+    wide = rows.assign(run=run).pivot(index="image", columns="run", values=list(METRICS))
+    order = list(dict.fromkeys(run))
+    return [
+        write_csv(Path(folder) / f"per_image_{name}.csv", wide[name][order].reset_index(), digits=5) for name in METRICS
+    ]
+
+
+def over_images(rows: pd.DataFrame, keys: Sequence[str] = KEYS) -> pd.DataFrame:
+    """Mean over the test images of each run, which `keys` name: rows `method, experiment, seed, mse, psnr, ssim, n_images`."""
+    grouped = rows.groupby(list(keys), sort=False)
+    return grouped[list(METRICS)].mean().reset_index().assign(n_images=grouped.size().to_numpy())
+
+
+def over_seeds(runs: pd.DataFrame, keys: Sequence[str] = KEYS[:2]) -> pd.DataFrame:
+    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, mse, mse_sd, ..., n_seeds`; sd is NaN for n = 1.
+
+    `keys` are those of a run but its seed.
+    """
+    grouped = runs.groupby(list(keys), sort=False)
+    means, sds = grouped[list(METRICS)].mean(), grouped[list(METRICS)].std().add_suffix("_sd")
+    return means.join(sds).assign(n_seeds=grouped.size()).reset_index()
+
+
+def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """How steady trainings were, a row a run (which `keys` name, as the index): `fall`, `spread`.
+
+    `fall` is the most that validation PSNR (dB) lost from one line of metrics to the next, so it depends on how far apart
+    the lines are; 0 where it never fell. `spread` is the last one: the outputs' variation over images divided by the
+    references', 1 for images as varied as these and 0 for one picture.
+
+    Parameters
+    ----------
+    curves : lines of metrics in order, with the columns `psnr` and `spread`.
+    """
+    grouped = curves.groupby(list(keys), sort=False)
+    fall = grouped["psnr"].agg(lambda psnr: np.fmax(0.0, -psnr.diff().min()))
+    return pd.DataFrame({"fall": fall, "spread": grouped["spread"].last()})
+
+
+def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
+    """Add `<metric>_best`: True within each experiment for the best mean and all others within its one sd, as in Table 1."""
+    summary = summary.copy()
+    for name, higher in HIGHER_IS_BETTER.items():
+        marks = pd.Series(False, index=summary.index)
+        for _, group in summary.groupby("experiment"):
+            sign = 1 if higher else -1
+            best = (sign * group[name]).idxmax()
+            margin = np.nan_to_num(group.loc[best, f"{name}_sd"])
+            marks[group.index] = sign * group[name] >= sign * group.loc[best, name] - margin
+        summary[f"{name}_best"] = marks
+    return summary
+
+
+def cell(row: Any, metric: str) -> str:
+    """`mean ± sd` of one metric of a summary row, in the paper's precision, bold where it is marked best; — for nothing."""
+    value, sd = row[metric], row.get(f"{metric}_sd", np.nan)
+    if not np.isfinite(value):
+        return "—"
+    form = "{:.2e}" if metric == "mse" else "{:.2f}"
+    text = form.format(value) + (f" ± {form.format(sd)}" if np.isfinite(sd) else "")
+    return f"**{text}**" if row.get(f"{metric}_best", False) else text
+
+
+def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFrame, snr: float) -> pd.DataFrame:
+    """Table 1 at one SNR as strings: a row a method, the paper's values and ours side by side.
+
+    Parameters
+    ----------
+    ours : `mark_best(over_seeds(...))` without contaminated experiments.
+    paper : `results/preprint/table1.csv`: method, snr, mse, mse_sd, psnr, psnr_sd, ssim, ssim_sd.
+    checkpoints : the five best checkpoints of one run a method and experiment: `method, experiment, psnr` (mean), `psnr_sd`.
+    """
+    awgn, clipped = (
+        ours[ours["experiment"] == f"{protocol}-{snr:g}-none"].set_index("method") for protocol in ("awgn", "clipped")
+    )
+    printed = paper[paper["snr"] == snr].set_index("method")
+    best_of_one = checkpoints[checkpoints["experiment"] == f"awgn-{snr:g}-none"].set_index("method")
+
+    def entry(table: pd.DataFrame, method: str, metric: str) -> str:
+        return cell(table.loc[method], metric) if method in table.index else "—"
+
+    rows = []
+    for method in [name for name in LABELS if name in awgn.index or name in clipped.index]:
+        row = {"Method": LABELS[method]}
+        for metric in METRICS:
+            row[f"{metric.upper()}, paper"] = entry(printed, method, metric)
+            row[f"{metric.upper()}, ours"] = entry(awgn, method, metric)
+        row["PSNR, ours, clipped"] = entry(clipped, method, "psnr")
+        row["PSNR, ours, five checkpoints of one run"] = entry(best_of_one, method, "psnr")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
+    """The resolutions of `reconstruction.compare` as strings, a row a stack, named by its path (`study/method/experiment`).
+
+    `truth` is what the maps were compared with.
+    """
+    known = LABELS | {"clean": "Clean images", "noisy": "Noisy images"}
+    words = [name.split("/") for name in table.index]
+    described = pd.DataFrame({"Images": [known.get(part := (word[1:2] or word)[0], part) for word in words]})
+    described["Networks"] = [
+        {"halves": "two, disjoint pairs"}.get(word[0], "one") if word[1:] else "—" for word in words
+    ]
+    if any(word[2:] for word in words):
+        described["Contamination of their references"] = [word[2].split("-")[2] if word[2:] else "—" for word in words]
+    titles = ["Half-maps", "Half-maps, masked", "Half-maps, masked and corrected", truth, f"{truth}, masked"]
+    described[[f"{title} (Å)" for title in titles]] = [[f"{value:.1f}" for value in row] for row in table.to_numpy()]
+    return described
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of strings as GitHub Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |\n" for row in rows)
+
+
+def insert(path: str | Path, marker: str, text: str) -> bool:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` in a text file; True where that changed it.
+
+    ValueError where the markers are missing.
+    """
+    path, opening, closing = Path(path), f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before = path.read_text(encoding="utf-8")
+    head, found, rest = before.partition(opening)
+    _, ended, tail = rest.partition(closing)
+    if not (found and ended):
+        raise ValueError(f"{path}: expected the markers {opening} and {closing}, each once")
+    after = f"{head}{opening}\n{text}{closing}{tail}"
+    if after != before:
+        write_text(path, after)
+    return after != before
+
+
+if __name__ == "__main__":
+    for generated in sorted(Path("results").glob("*/*.md")):
+        name = f"{generated.stem} {generated.parent.name}"
+        if f"<!-- {name} -->" in Path("README.md").read_text(encoding="utf-8"):
+            insert("README.md", name, generated.read_text(encoding="utf-8"))

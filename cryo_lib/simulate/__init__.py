@@ -1,0 +1,1 @@
+"""The forward model: how a clean and a noisy image come about."""

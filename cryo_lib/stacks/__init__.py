@@ -1,0 +1,1 @@
+"""What lies on disk in the field's formats."""

@@ -1,0 +1,236 @@
+"""A stack on disk goes through a network in batches, and RELION opens what comes out."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cryo_lib.denoisers import apply
+from cryo_lib.networks import models
+from cryo_lib.simulate import noise, projection
+from cryo_lib.stacks import particles
+
+
+@pytest.fixture
+def stack(tmp_path):
+    y = np.random.default_rng(0).normal(0.2, 1, (7, 32, 32)).astype(np.float32)
+    path = particles.new(tmp_path / "noisy.star", y, projection.random_rotations(7, 0), 6.4)
+    return path, y
+
+
+def network():
+    torch.manual_seed(0)
+    return models.ResNetGenerator(32, 4).eval()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_the_stack_is_the_networks_output_whatever_the_batch(stack, batch_size, tmp_path):
+    path, y = stack
+    model = network()
+    written = apply.denoise_stack(model, path, tmp_path / "denoised.star", batch_size=batch_size)
+    with torch.no_grad():
+        expected = model(torch.as_tensor(y)[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(particles.ParticleStack.open(written).images[:], expected, atol=1e-6)
+
+
+def test_rows_and_columns_are_kept_and_only_the_reference_changes(stack, tmp_path):
+    before = particles.ParticleStack.open(stack[0]).table
+    after = particles.ParticleStack.open(apply.denoise_stack(network(), stack[0], tmp_path / "d.star")).table
+    assert list(before) == list(after)
+    assert before.drop(columns="rlnImageName").equals(after.drop(columns="rlnImageName"))
+    assert after["rlnImageName"].str.contains("d.mrcs").all()
+
+
+def test_any_function_of_images_is_a_denoiser(stack, tmp_path):
+    written = apply.denoise_stack(lambda y: 2 * y, stack[0], tmp_path / "d.star", batch_size=2)
+    np.testing.assert_allclose(particles.ParticleStack.open(written).images[:], 2 * stack[1])
+
+
+def test_a_network_in_training_mode_is_used_in_eval_mode_and_left_as_it_was(stack):
+    model = network().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = models.denoise_images(model, stack[1])
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    np.testing.assert_array_equal(first, models.denoise_images(model.eval(), stack[1]))
+
+
+def test_a_stack_of_another_box_is_refused(stack, tmp_path):
+    with pytest.raises(ValueError, match="particles: this network denoises 40 x 40 px images, got 32 x 32"):
+        apply.denoise_stack(models.ResNetGenerator(40, 2), stack[0], tmp_path / "d.star")
+    assert not (tmp_path / "d.star").exists() and not (tmp_path / "d.mrcs").exists()
+
+
+def test_each_half_set_goes_through_its_own_network(stack, tmp_path):
+    path, y = stack
+    written = apply.denoise_stack({1: lambda y: y + 1, 2: lambda y: 2 * y}, path, tmp_path / "d.star", batch_size=3)
+    half_sets = particles.ParticleStack.open(path).half_sets
+    expected = np.where(half_sets[:, None, None] == 1, y + 1, 2 * y)
+    np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
+
+
+def test_half_sets_without_a_network_are_named(stack, tmp_path):
+    with pytest.raises(ValueError, match=r"expected the half-sets \[1\], one a model, got \[1, 2\]"):
+        apply.denoise_stack({1: network()}, stack[0], tmp_path / "d.star")
+    with pytest.raises(ValueError, match=r"expected the half-sets \[1, 2\], one a model, got no rlnRandomSubset"):
+        apply.denoise_stack({1: network(), 2: network()}, stack[0].with_suffix(".mrcs"), tmp_path / "d.mrcs")
+    with pytest.raises(ValueError, match="this network denoises 40 x 40 px images, got 32 x 32"):
+        apply.denoise_stack({1: network(), 2: models.ResNetGenerator(40, 4)}, stack[0], tmp_path / "d.star")
+
+
+@pytest.mark.skipif(
+    shutil.which("relion_reconstruct") is None, reason="RELION is not installed (Debian package `relion`)"
+)
+def test_relion_reconstructs_from_the_denoised_stack(stack, tmp_path):
+    apply.denoise_stack(network(), stack[0], tmp_path / "denoised.star")
+    stats = subprocess.run(
+        ["relion_image_handler", "--i", "denoised.star", "--stats"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert stats.returncode == 0 and "(x,y,z,n)=32x32x1x1" in stats.stdout.replace(" ", ""), stats.stdout + stats.stderr
+    command = ["relion_reconstruct", "--i", "denoised.star", "--o", "map.mrc"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    import mrcfile
+
+    volume = mrcfile.read(tmp_path / "map.mrc")
+    assert volume.shape == (32, 32, 32) and np.isfinite(volume).all() and volume.std() > 0
+
+
+CARD = {"image_size": 32, "pixel_size": 6.4, "background": {"mean": 0.1, "sd": 0.5}}
+
+
+class Seen(torch.nn.Module):
+    """A network that gives back what it sees, and remembers it."""
+
+    image_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, y):
+        self.last = y.numpy()[:, 0]
+        return y
+
+
+def particle_stack(folder, n=20, box=32, pixel_size=6.4, sign=1.0):
+    """Discs, three background sd above (or below) a background of mean 5 and sd 2."""
+    y, x = (np.ogrid[-1 : 1 : box * 1j, -1 : 1 : box * 1j][axis] * box * pixel_size / 204.8 for axis in (0, 1))
+    images = 5 + sign * 6 * (np.hypot(x, y) < 0.4) + 2 * np.random.default_rng(0).normal(size=(n, box, box))
+    return particles.ParticleStack.open(
+        particles.new(folder / "p.star", images, projection.random_rotations(n, 0), pixel_size)
+    )
+
+
+def test_images_are_given_the_grey_scale_that_the_network_was_trained_on(tmp_path):
+    stack, model = particle_stack(tmp_path), Seen()
+    apply.denoise_stack(apply.fit(model, CARD, stack), stack, tmp_path / "d.star")
+    mean, sd = noise.background(model.last)
+    np.testing.assert_allclose(mean, 0.1, atol=1e-5)
+    np.testing.assert_allclose(sd, 0.5, rtol=1e-4)
+    assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
+
+
+def test_dark_particles_are_refused_or_inverted(tmp_path):
+    stack, model = particle_stack(tmp_path, sign=-1.0), Seen()
+    with pytest.raises(
+        ValueError, match="expected particles brighter than their background, got dark ones; to invert them, pass"
+    ):
+        apply.fit(model, CARD, stack)
+    apply.fit(model, CARD, stack, contrast="dark")(stack.images[:])
+    assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "box, pixel_size, needed", [(48, 6.4, "crop"), (64, 3.2, "rescale"), (24, 6.4, "rescale"), (80, 3.2, "rescale")]
+)
+def test_another_box_or_pixel_size_is_refused_unless_allowed(tmp_path, box, pixel_size, needed):
+    """The network then sees the disc at its own scale, and what comes back has the stack's box and scale."""
+    stack, model = particle_stack(tmp_path, box=box, pixel_size=pixel_size), Seen()
+    order = apply.RESIZES
+    for less in order[: order.index(needed)]:
+        with pytest.raises(
+            ValueError,
+            match=f"expected 32 x 32 px of 6.4 A, .*, got {box} x {box} px of {pixel_size:g} A; allow resize {needed}",
+        ):
+            apply.fit(model, CARD, stack, resize=less)
+    back = apply.fit(model, CARD, stack, resize=needed)(stack.images[:])
+    radius = np.hypot(*np.ogrid[-16:16, -16:16]) * 6.4
+    reach = min(32 * 6.4, box * pixel_size) / 2
+    inside, ring = model.last[:, radius < 30].mean(), model.last[:, (radius > 55) & (radius < min(90, reach))].mean()
+    assert inside - ring > 1.0
+    assert back.shape == stack.images.shape
+    own = np.hypot(*np.ogrid[-(box // 2) : box - box // 2, -(box // 2) : box - box // 2]) * pixel_size
+    np.testing.assert_allclose(back[:, own < 30].mean(), inside, rtol=0.05)
+
+
+def test_beyond_the_networks_box_lies_its_background(tmp_path):
+    stack = particle_stack(tmp_path, box=48)
+    back = apply.fit(Seen(), CARD, stack, resize="crop")(stack.images[:])
+    assert np.ptp(back[:, :8], axis=(1, 2)).max() < 1e-6
+    np.testing.assert_allclose(back[:, 0, 0], 0.1, atol=1e-4)
+
+
+def test_what_a_card_or_a_stack_does_not_say_is_asked_for(tmp_path):
+    stack = particle_stack(tmp_path)
+    with pytest.raises(
+        ValueError, match="card: expected image_size, pixel_size and background, got no background; train it again"
+    ):
+        apply.fit(Seen(), {"image_size": 32, "pixel_size": 6.4}, stack)
+    with pytest.raises(ValueError, match="resize: expected one of none, crop, rescale, got 'yes'"):
+        apply.fit(Seen(), CARD, stack, resize="yes")
+    silent = particles.ParticleStack.open(particles.write(tmp_path / "s.mrcs", stack.images, stack))
+    object.__setattr__(silent, "pixel_size", None)
+    with pytest.raises(
+        ValueError,
+        match="s.mrcs: expected a pixel size, to compare with the network's 6.4 A, got none; open with pixel_size",
+    ):
+        apply.fit(Seen(), CARD, silent)
+
+
+def test_a_pixel_size_that_differs_by_a_rounding_changes_no_pixel(tmp_path):
+    stack, model = particle_stack(tmp_path, pixel_size=6.42), Seen()
+    apply.fit(model, CARD, stack)(stack.images[:])
+    images = stack.images[:]
+    correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, model.last)]
+    assert min(correlation) > 0.99999
+
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "particles"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data of ../shared, which is absent")
+@pytest.mark.parametrize(
+    "name, contrast, pixel_size",
+    [
+        ("rln_proj_65.star", None, 5.0),
+        ("rln_proj_65.mrcs", None, 5.0),
+        ("sample_particles_relion31.star", None, None),
+        ("sample.mrcs", None, 1.4),
+        ("empiar_10076_7.star", "dark", None),
+        ("empiar_10076_7.mrc", "dark", 1.31),
+        ("relion31.star", "dark", None),
+        ("relion31.mrcs", "dark", None),
+    ],
+)
+def test_every_real_file_is_denoised(name, contrast, pixel_size, tmp_path):
+    """Resampled to the network's grid and back; the rows, the box and the pixel size stay."""
+    stack = particles.ParticleStack.open(DATA / name, pixel_size=pixel_size)
+    denoise = apply.fit(network(), CARD, stack, resize="rescale", contrast=contrast)
+    out = tmp_path / ("d.star" if name.endswith(".star") else "d.mrcs")
+    written = particles.ParticleStack.open(apply.denoise_stack(denoise, stack, out), pixel_size=pixel_size)
+    assert written.images.shape == stack.images.shape and written.pixel_size == pytest.approx(
+        stack.pixel_size, rel=1e-4
+    )
+    assert np.isfinite(written.images[:]).all()
+    if out.suffix == ".star":
+        assert written.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))
+
+
+def test_progress_is_printed(stack, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(apply, "PRINT_EVERY", -1)
+    apply.denoise_stack(network(), stack[0], tmp_path / "d.star", batch_size=3, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].startswith("3 of 7 images, ")

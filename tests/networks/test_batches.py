@@ -1,0 +1,63 @@
+"""Minibatches are the rows asked for, wherever the pairs lie."""
+
+import numpy as np
+import pytest
+import torch
+
+from cryo_lib.networks.batches import Batches
+
+CPU = torch.device("cpu")
+ORDER = [torch.tensor([5, 0, 3]), torch.tensor([1, 2]), torch.tensor([4])]
+
+
+@pytest.fixture
+def pairs():
+    rng = np.random.default_rng(0)
+    return rng.random((6, 8, 8), np.float32), rng.standard_normal((6, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_minibatches_are_the_rows_in_order(pairs, resident, on_disk, tmp_path):
+    """Resident, or read ahead by other processes; from memory, or from files that are mapped."""
+    x, y = pairs
+    if on_disk:
+        for name, images in (("x", x), ("y", y)):
+            np.save(tmp_path / f"{name}.npy", images)
+        mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="c") for name in "xy"]
+    batches = Batches(*(mapped if on_disk else pairs), CPU, resident=resident)
+    assert len(batches) == 6 and batches.resident == resident
+    taken = list(batches.take(ORDER))
+    assert len(taken) == len(ORDER)
+    for rows, (got_x, got_y) in zip(ORDER, taken):
+        np.testing.assert_array_equal(got_x[:, 0], x[rows.numpy()])
+        np.testing.assert_array_equal(got_y[:, 0], y[rows.numpy()])
+    np.testing.assert_array_equal(batches.noisy(2)[:, 0], y[:2])
+    assert batches.noisy(100).shape == (6, 1, 8, 8)
+
+
+def test_the_cpu_takes_pairs_where_they_lie(pairs):
+    x, y = pairs
+    batches = Batches(x, y, CPU)
+    y[3, 4, 5] = 7.0
+    assert batches.resident and batches.noisy(6)[3, 0, 4, 5] == 7.0
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_pairs_at_16_bit_are_rounded_and_come_as_they_were_given(pairs, resident):
+    """So that results do not depend on whether pairs fit the GPU."""
+    x, y = pairs
+    batches = Batches(x, y, CPU, half=True, resident=resident)
+    ((got_x, got_y),) = batches.take([torch.arange(6)])
+    assert got_x.dtype == got_y.dtype == batches.noisy(1).dtype == torch.float32
+    np.testing.assert_array_equal(got_x[:, 0], x.astype(np.float16))
+    np.testing.assert_allclose(got_y[:, 0], y, rtol=2**-11, atol=1e-7)
+
+
+@pytest.mark.parametrize("free, resident", [(6 * 8 * 8 * 4 * 2 / 0.6 + 1, True), (6 * 8 * 8 * 4 * 2 / 0.6 - 2, False)])
+@pytest.mark.parametrize("half", [False, True])
+def test_pairs_go_to_a_gpu_where_they_fit_its_free_memory(pairs, free, resident, half, monkeypatch):
+    """By the memory that the GPU says is free, of which they may take 60 %; at 16 bit they need half."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free / 2 if half else free), 0))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where: self)
+    assert Batches(*pairs, torch.device("cuda"), half).resident == resident

@@ -1,0 +1,273 @@
+"""Trainings as a job array: the parameters are the pipeline's, and a real SLURM runs, requeues and collects them."""
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cryo_lib.networks.runs import expand
+from cryo_lib.paper import cluster, notebooks
+from cryo_lib.paper.experiments import read_scale
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALES = sorted((ROOT / "scales").glob("*.yaml"))
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_every_training_is_one_task_and_has_the_parameters_that_its_stage_passes(path):
+    """Read off the command in dvc.yaml, merged as the runner merges them; only the study's lists are those of one run."""
+    params = read_scale(path)
+    everything = cluster.tasks(params)
+    assert everything == [(name, run) for name, study in params["study"].items() for run in expand(study)]
+    stage_of = {"studies": "train", "supplement_studies": "train_supplement", "particle_studies": "train_particles"}
+    for name, run in everything:
+        (stage,) = [stage for key, stage in stage_of.items() if name in params[key]]
+        words, expected = (
+            STAGES[stage]["cmd"].replace("${item.study}", name).replace("${item.scale}", params["scale"]).split(),
+            {},
+        )
+        for word, value in zip(words, words[1:]):
+            if word == "-s":
+                expected |= notebooks.section(params, value)
+        expected |= {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
+        given = cluster.parameters(params, name, run)
+        own = {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
+        own["variants"] = {k: v for k, v in expected["variants"].items() if k == run.variant}
+        assert given == expected | own
+        assert expand({key: given[key] for key in ("methods", "experiments", "seeds", "variants")}) == [run]
+
+
+def test_the_data_of_studies_are_those_of_their_stages():
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    assert cluster.data_stages(params, []) == ["projections", "pairs"]
+    assert cluster.data_stages(params, ["table1", "harder"]) == ["projections"] and cluster.data_stages(
+        params, ["figure4"]
+    ) == ["pairs"]
+
+
+def test_indices_are_written_as_slurm_reads_them():
+    assert cluster.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and cluster.ranges([]) == ""
+
+
+def test_unknown_studies_and_indices_are_named():
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    with pytest.raises(ValueError, match="studies: expected some of table1, .*, got table2"):
+        cluster.chosen(params, ["table1", "table2"])
+    with pytest.raises(ValueError, match="index: expected 0 to 32, the trainings of the scale 'ci', got 33"):
+        cluster.train(params, 33)
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldPort=16817
+SlurmdPort=16818
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+JobRequeue=1
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES State=UP MaxTime=INFINITE
+"""
+
+
+def run(command: str, **options) -> str:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout.strip()
+
+
+def wait_for(condition, seconds: float, what: str):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+    return value
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A SLURM of one node, this machine: munged, slurmctld and slurmd of a configuration of its own; the environment for it."""
+    if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]:
+        pytest.skip(f"SLURM is not installed: no {', '.join(missing)} (Debian packages slurm-wlm and munge)")
+    if os.geteuid():
+        pytest.skip("SLURM's daemons need to be started by root")
+    folder = tmp_path_factory.mktemp("slurm")
+    host = run("hostname -s")
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count()))
+    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    started = subprocess.run(["pgrep", "-x", "munged"], capture_output=True).returncode
+    if started:
+        for place in ("/run/munge", "/var/log/munge", "/var/lib/munge"):
+            Path(place).mkdir(parents=True, exist_ok=True)
+            os.chown(place, pwd.getpwnam("munge").pw_uid, -1)
+        run("setpriv --reuid=munge --regid=munge --clear-groups munged --force")
+    try:
+        run("slurmctld -c", env=environment)
+        run("slurmd -c", env=environment)
+        try:
+            wait_for(lambda: "idle" in run("sinfo --noheader --format=%T", env=environment), 60, "an idle node")
+        except AssertionError as error:
+            logs = [
+                line
+                for name in ("slurmctld", "slurmd")
+                for line in (folder / f"{name}.log").read_text().splitlines()[-3:]
+            ]
+            pytest.skip(f"SLURM does not start on this machine: {error}; {logs}")
+        yield environment
+    finally:
+        for name in ("slurmd", "slurmctld"):
+            if (folder / f"{name}.pid").is_file():
+                subprocess.run(["kill", (folder / f"{name}.pid").read_text().strip()])
+        if started:
+            subprocess.run(["pkill", "-x", "munged"])
+
+
+def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path):
+    """Submitted by cluster/submit.sh; one task is requeued in the middle of its training; DVC then has nothing to run."""
+    for name in ("cryo_lib", "notebooks", "cluster"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
+        )
+    for name in ("dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    params = (ROOT / "scales" / "ci.yaml").read_text()
+    head, train = params.split("\ntrain:", 1)
+    params = f"{head}\ntrain:{train.replace('epochs: 1', 'epochs: 60', 1)}"  # long enough to be interrupted
+    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text() + "    no_scm = true\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = slurm | {"PATH": path, "PYTHONPATH": str(tmp_path), "GRES": "", "OMP_NUM_THREADS": "1"}
+    here = {"cwd": tmp_path, "env": environment}
+
+    said = run("cluster/submit.sh table1", **here)
+    array, collection = (line.rsplit(" ", 1)[1] for line in said.splitlines() if ": job " in line)
+    wait_for(lambda: list(tmp_path.glob(".scratch/*/state.pt")), 180, "a training under way")
+    running = run(f"squeue --noheader --states=R --jobs={array} --format=%i", **here).split()[0]
+    run(f"scontrol requeue {running}", **here)
+    pending = f"squeue --noheader --states=PD --jobs={running} --format=%i"
+    wait_for(lambda: run(pending, **here), 60, "the requeued task")
+    run(f"scontrol update JobId={running} StartTime=now", **here)  # else after two minutes
+    wait_for(lambda: not run("squeue --noheader --format=%i", **here), 420, "the jobs to end")
+
+    logs = {path.name: path.read_text() for path in (tmp_path / "cluster" / "logs").iterdir()}
+    assert "restart 0" in logs[f"train-{running}.out"] and "restart 1" in logs[f"train-{running}.out"], logs
+    assert run("python -m cryo_lib.paper.cluster missing table1", **here) == "", logs
+    made = sorted(
+        path.parent.relative_to(tmp_path / "runs/ci/table1").as_posix()
+        for path in tmp_path.glob("runs/ci/table1/**/generator.json")
+    )
+    assert made == sorted(
+        run.folder.as_posix() for run in expand(read_scale(tmp_path / "params.yaml")["study"]["table1"])
+    )
+    assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), logs[
+        f"collect-{collection}.out"
+    ]
+
+    assert run("python -m cryo_lib.paper.cluster stages table1", **here) == "train@ci-table1"
+    stray = tmp_path / "runs/ci/table1/l1_ae/awgn-0.1-none/seed9/generator.safetensors"
+    stray.parent.mkdir()
+    stray.touch()
+    refused = subprocess.run(
+        "python -m cryo_lib.paper.cluster stages table1", shell=True, capture_output=True, text=True, **here
+    )
+    assert (
+        refused.returncode == 1
+        and "got 1 others, the first runs/ci/table1/l1_ae/awgn-0.1-none/seed9; remove them" in refused.stderr
+    )
+    stray.unlink()
+    lost = next(tmp_path.glob("runs/ci/table1/**/generator.safetensors"))
+    lost.unlink()
+    refused = subprocess.run(
+        "python -m cryo_lib.paper.cluster stages table1", shell=True, capture_output=True, text=True, **here
+    )
+    assert refused.returncode == 1 and "1 of 4 trainings are not finished: " in refused.stderr
+
+
+ABSENT = (
+    "dvc",
+    "papermill",
+    "IPython",
+    "ipykernel",
+    "nbclient",
+    "jupyterlab",
+    "mrcfile",
+    "starfile",
+    "skimage",
+    "sklearn",
+    "aspire",
+    "bm3d",
+    "dictlearn",
+)
+
+
+def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path):
+    """No DVC, Jupyter, papermill and so on: the data are made, then trainings in the order asked for; what is finished stays."""
+    for name in ("cryo_lib", "notebooks", "cluster"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
+        )
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copy(ROOT / "scales/ci.yaml", tmp_path / "params.yaml")
+    (tmp_path / "build/wheels/site").mkdir(parents=True)
+    (tmp_path / "build/wheels/site/sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'build/wheels/site'}", "CUDA_VISIBLE_DEVICES": ""}
+    make = f"{sys.executable} -m cryo_lib.paper.notebooks script notebooks/00_prepare_structures.ipynb -p scale ci -s structure"
+    run(make, cwd=tmp_path, env=environment)
+    printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    (left,) = [int(line.split()[0]) for line in printed.splitlines() if "trainings left: call again" in line]
+    assert left > 0 and (tmp_path / "data/ci/rnap/card.json").is_file() and not (tmp_path / "runs").exists()
+    printed = run("cluster/piece.sh 9 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    assert printed.splitlines()[-1] == "0 trainings left"
+    made = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("runs/ci/table1/**/generator.safetensors")}
+    assert (
+        len(made) == left
+        and {path.parents[1].name for path in made} == {"l1_ae"}
+        and not list((tmp_path / ".scratch").iterdir())
+    )
+    printed = run(
+        "cluster/piece.sh 9 'table1/beta_05_05_l1/awgn-0.1-none/*' 'table1/l1_ae/*'", cwd=tmp_path, env=environment
+    )
+    assert [line for line in printed.splitlines() if line.startswith("table1/l1_ae")] == []
+    assert all(path.joinpath("generator.safetensors").stat().st_mtime_ns == time_ for path, time_ in made.items())
+    refused = subprocess.run(
+        f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'",
+        shell=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1 and "pattern: expected one of trainings such as table1/" in refused.stderr
+
+
+def test_trainings_come_in_the_order_of_the_patterns_each_once():
+    params = read_scale(ROOT / "scales" / "paper.yaml")
+    found = cluster.in_order(params, ["table1/*/awgn-0.05-none/seed0", "table1/*/seed0", "contamination/beta*/seed1"])
+    assert [run.experiment for _, run in found[:6]] == ["awgn-0.05-none"] * 6 and len(found) == 12 + 2 * 9
+    assert {study for study, _ in found[:12]} == {"table1"} and all(run.seed == 0 for _, run in found[:12])
+    assert cluster.in_order(params, []) == cluster.tasks(params)

@@ -1,0 +1,318 @@
+"""Experiments read and write themselves; scales expand to the runs the paper needs."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cryo_lib.networks import models, runs
+from cryo_lib.networks.losses import METHODS
+from cryo_lib.networks.runs import Run, expand
+from cryo_lib.paper import cluster, experiments
+from cryo_lib.paper.experiments import read_scale
+from cryo_lib.stacks.dataset import Dataset, Experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALES = sorted((ROOT / "scales").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("text", ["awgn-0.1-none", "awgn-0.05-A_0.3", "clipped-0.1-C_0.1", "awgn-0.1-A_0.1-half2"])
+def test_an_experiment_reads_what_it_writes(text):
+    assert str(Experiment.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("awgn_0.1", "expected protocol-snr-contamination such as awgn-0.1-none"),
+        ("poisson-0.1-none", "protocol: expected one of awgn, clipped, measured, got 'poisson'"),
+        ("awgn-0-none", "snr: expected a finite number > 0, got 0.0"),
+        ("awgn-0.1-D_0.3", "contamination: expected one of none, A, B, C, S, O, J, I, got 'D'"),
+        ("awgn-0.10-none", "expected the form 'awgn-0.1-none', got 'awgn-0.10-none'"),
+        ("awgn-0.1.2-none", "experiment 'awgn-0.1.2-none': could not convert string to float"),
+        ("awgn-0.1-none-half3", "expected protocol-snr-contamination .* \\(-half1 or -half2 after it\\)"),
+        ("clipped-0.1-I_0.3", "contamination: I adds ice to noisy images, after which clipped ones would leave"),
+        ("awgn-0.1-A_1.5", "eps: expected a finite number >= 0 and <= 1, got 1.5"),
+    ],
+)
+def test_a_bad_experiment_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment.parse(text)
+
+
+def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_data_seeds(tmp_path):
+    x = np.random.default_rng(0).random((6, 16, 16), dtype=np.float32)
+    for split in experiments.SPLITS:
+        np.save(tmp_path / f"x_{split}.npy", x)
+    data, awgn = Dataset(tmp_path), Experiment.parse("awgn-0.1-none")
+    noises = []
+    for seed in (0, 1):
+        (tmp_path / "card.json").write_text(json.dumps({"seed": seed}))
+        noises += [data.pairs(split, awgn)[1] for split in experiments.SPLITS]
+        np.testing.assert_array_equal(data.pairs("train", awgn)[1], noises[3 * seed])
+    assert len({noise.tobytes() for noise in noises}) == 6
+    clipped = data.pairs("train", Experiment.parse("clipped-0.1-none"))[1]
+    np.testing.assert_array_equal(clipped, np.clip(noises[3], 0, 1))
+
+
+def test_the_halves_of_the_training_pairs_are_disjoint_and_together_all_of_them(tmp_path):
+    x = np.random.default_rng(0).random((7, 16, 16), dtype=np.float32)
+    for split in experiments.SPLITS:
+        np.save(tmp_path / f"x_{split}.npy", x)
+    (tmp_path / "card.json").write_text(json.dumps({"seed": 0}))
+    data = Dataset(tmp_path)
+    halves = [data.pairs("train", Experiment.parse(f"awgn-0.1-none-half{half}")) for half in (1, 2)]
+    for both, first, second in zip(data.pairs("train", Experiment.parse("awgn-0.1-none")), *halves):
+        assert len(first) == 4 and len(second) == 3
+        np.testing.assert_array_equal(both[0::2], first)
+        np.testing.assert_array_equal(both[1::2], second)
+    assert len(data.pairs("test", Experiment.parse("awgn-0.1-none-half2"))[0]) == 7
+
+
+def test_missing_data_are_named_with_the_way_to_make_them(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="data: expected .*x_test.npy, found nothing; make it with `dvc repro projections`"
+    ):
+        Dataset(tmp_path).clean("test")
+    with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'all'"):
+        Dataset(tmp_path).clean("all")
+
+
+def test_contamination_is_the_experiments_kind_and_fraction():
+    x = np.random.default_rng(0).random((10, 16, 16), dtype=np.float32)
+    cx, cy = Experiment.parse("awgn-0.1-A_0.3").contaminated(x, x, 5)
+    assert (cx != x).any(axis=(1, 2)).sum() == 3 and (cy == x).all()
+    assert Experiment.parse("awgn-0.1-none").contaminated(x, x, 5)[0] is x
+
+
+def test_a_study_expands_to_its_product_with_seeds_outermost():
+    runs = expand({"methods": ["l1_ae", "l2_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0, 1], "variants": {}})
+    assert [(r.method, r.seed) for r in runs] == [("l1_ae", 0), ("l2_ae", 0), ("l1_ae", 1), ("l2_ae", 1)]
+    assert len({r.folder for r in runs}) == 4
+
+
+def test_a_variant_is_an_axis_and_a_folder_of_its_own():
+    study = {
+        "methods": ["l1_ae"],
+        "experiments": ["awgn-0.1-none"],
+        "seeds": [0],
+        "variants": {"lam_0": {"lam": 0.0}, "lam_1": {}},
+    }
+    assert [r.variant for r in expand(study)] == ["lam_0", "lam_1"]
+    assert [r.folder.as_posix() for r in expand(study)] == [f"l1_ae/awgn-0.1-none/lam_{i}/seed0" for i in (0, 1)]
+    assert Run("l1_ae", "awgn-0.1-none", 0).folder.as_posix() == "l1_ae/awgn-0.1-none/seed0"
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_every_scale_parses_and_its_training_settings_are_valid(path):
+    """Those of every variant too."""
+    params = read_scale(path)
+    settings = runs.Settings(**params["train"])
+    for study in params["study"].values():
+        for changes in study["variants"].values():
+            replace(settings, **changes)
+    assert params["scale"] == path.stem
+
+
+def test_the_paper_scale_holds_the_whole_supplement():
+    study = read_scale(ROOT / "scales" / "paper.yaml")["study"]
+    pairs = {(m.alpha, m.beta) for m in METHODS.values() if m.adversary == "beta"}
+    assert pairs == {(1, 1), (0.5, 0.5), (0, 0), (-0.5, -0.5), (-1, -1), (1, -1), (0.5, -0.5), (0.1, -0.1)}
+    new = {name for name, m in METHODS.items() if m.adversary == "beta"} - {"js_l1", "beta_1_1_l1", "beta_05_05_l1"}
+    assert set(study["scores"]["methods"]) == set(study["scores_contaminated"]["methods"]) == new
+    weights = [0.1, 1, 5, 10, 50, 100, 500, 10000]
+    for suffix, more in (("scripts", [0]), ("printed", [])):
+        assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == more + weights
+    assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.count("_") == 1] == [
+        w for w in weights if w != 10
+    ]
+    assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0}
+    assert all(entry["seeds"] == [0, 1, 2] for name, entry in study.items() if not name.endswith("halves"))
+    assert set(study["convolutional"]["methods"]) == set(study["table1"]["methods"])
+    assert study["units"]["variants"] == {
+        "minibatch": {"unit": "minibatch"},
+        "scripts": {"unit": "minibatch", "noise": "uniform", "redraw": True},
+    }
+    authors = {"architecture": "pggan", "eta_d": 1e-4, "eta_g": 1e-4, "lam": 100, "beta1": 0, "beta2": 0.99}
+    assert study["progressive"]["variants"]["pggan"] == authors
+    assert {e.split("-")[2][0] for e in study["harder"]["experiments"]} == set("SOJI")
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_scales_have_equal_keys(path):
+    """Studies may differ in what they list, not in what they are."""
+    assert list(experiments.differing_keys(read_scale(path), read_scale(ROOT / "scales" / "laptop.yaml"))) == []
+
+
+def test_params_is_the_laptop_scale_byte_for_byte():
+    assert (ROOT / "params.yaml").read_bytes() == (ROOT / "scales" / "laptop.yaml").read_bytes()
+
+
+def test_the_paper_scale_holds_the_papers_numbers():
+    params = read_scale(ROOT / "scales" / "paper.yaml")
+    assert (
+        params["structure"] | {"source": "pdb", "closed_entry": "4XLN", "open_entry": "1L9U", "n_conformations": 5}
+        == params["structure"]
+    )
+    assert params["data"] | {"image_size": 128, "pixel_size": 1.6, "n_train": 25000, "n_test": 1500} == params["data"]
+    paper = {
+        "width": 64,
+        "batch_size": 20,
+        "k_d": 1,
+        "k_g": 2,
+        "eta_d": 1e-3,
+        "eta_g": 1e-2,
+        "lam": 10,
+        "mu": 10,
+        "decay": 0,
+    }
+    assert params["train"] | paper == params["train"]
+    methods = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
+    runs = {name: expand(params["study"][name]) for name in params["studies"]}
+    assert Counter(r.experiment for r in runs["table1"]) == {"awgn-0.1-none": 18, "awgn-0.05-none": 18}
+    assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
+    robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
+    assert Counter(r.experiment for r in runs["contamination"]) == robustness
+    full = [runs[name] for name in ("table1", "clipped", "contamination")]
+    assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in full)
+    assert params["export"]["n_stack"] == 200_000 and params["relion"]["run_relion"]
+    assert set(params["export"]["stack_runs"]) <= set(params["relion"]["relion_stacks"])
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
+def test_the_network_to_be_shipped_fits_git_and_is_shown_its_own_pairs(path):
+    params = read_scale(path)
+    weights = params["weights"]
+    run = Run(weights["weights_method"], weights["weights_experiment"], 0)
+    given = cluster.parameters(params, weights["weights_study"], run)
+    assert given["dataset"] == weights["weights_dataset"]
+    size = params["pairs" if given["dataset"] == "ribosome" else "data"]["image_size"]
+    count = models.parameter_count(models.GENERATORS[given["architecture"]](size, given["width"]))
+    assert 2 * count < 0.95e6 * weights["weights_limit"] < 10e6
+
+
+def test_bad_parameter_files_are_named(tmp_path):
+    path = tmp_path / "params.yaml"
+    with pytest.raises(FileNotFoundError, match="expected the file .*params.yaml, found nothing; copy one of scales"):
+        read_scale(path)
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        read_scale(path)
+    laptop = (ROOT / "scales" / "laptop.yaml").read_text()
+    for old, new, message in [
+        ("js_l1", "unet", "params.yaml: method: expected one of l2_ae, .* got 'unet'"),
+        ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
+        ("studies: [table1,", "studies: [", "expected the entries of study"),
+        ("harder]", "harder, more]", "expected the entries of study"),
+        (
+            "      conv: {",
+            "      seed7: {",
+            "variant: expected a name of a-z, 0-9, _ and dots, not like seed0, got 'seed7'",
+        ),
+        ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
+        ("[measured-none]", "[awgn-0.1-none]", "study figure4: expected the noise measured-..., got awgn-0.1-none"),
+        (
+            "[clipped-0.1-none]",
+            "[measured-none]",
+            "study clipped: expected the noise one of awgn, clipped, got measured-none",
+        ),
+        ("figure4/beta_05_05_l1/m", "figure4/beta/m", "use runs that no study makes: figure4/beta/measured-none/seed0"),
+        (
+            "stack_runs: [table1/beta_05_05_l1",
+            "stack_runs: [clipped/l2_ae",
+            "use runs that no study makes: clipped/l2_ae/awgn-0.1-none/seed0",
+        ),
+        (
+            "weights_study: figure4",
+            "weights_study: figure5",
+            "weights use runs that no study makes: figure5/beta_05_05_l1/measured-none/seed0",
+        ),
+        (
+            "weights_study: figure4",
+            "weights_study: table1",
+            "no study makes: table1/beta_05_05_l1/measured-none/seed0, table1/.*/seed1",
+        ),
+    ]:
+        assert old in laptop
+        path.write_text(laptop.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            read_scale(path)
+    with pytest.raises(ValueError, match="expected the keys methods, experiments, seeds and variants, got methods"):
+        expand({"methods": []})
+
+
+def test_the_readme_counts_the_runs_of_each_scale():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for path in SCALES:
+        params = read_scale(path)
+        runs = sum(len(expand(study)) for study in params["study"].values())
+        (row,) = [line for line in lines if line.startswith(f"| `{path.stem}` |")]
+        assert (
+            f"{runs} runs" in row
+            and f"{params['data']['n_train']:,} pairs" in row
+            and f"{params['data']['image_size']} px" in row
+        )
+
+
+@pytest.mark.parametrize(
+    "change, error", [({"seed": -1}, ValueError), ({"seed": 0.5}, TypeError), ({"method": "x"}, ValueError)]
+)
+def test_bad_runs_are_refused(change, error):
+    with pytest.raises(error):
+        Run(**({"method": "l1_ae", "experiment": "awgn-0.1-none", "seed": 0} | change))
+
+
+@pytest.mark.parametrize("name", ["measured-none", "measured-A_0.3", "measured-none-half1"])
+def test_measured_noise_is_an_experiment_without_an_snr(name):
+    experiment = Experiment.parse(name)
+    assert str(experiment) == name and experiment.protocol == "measured" and experiment.snr is None
+    with pytest.raises(ValueError, match="snr: expected None, since measured images have their own noise, got 0.1"):
+        Experiment("measured", 0.1)
+
+
+def test_measured_images_have_no_views_to_project_anew():
+    with pytest.raises(
+        ValueError, match="contamination: O projects references anew, which measured images do not allow"
+    ):
+        Experiment.parse("measured-O_0.3")
+    assert str(Experiment.parse("measured-S_0.3")) == "measured-S_0.3"
+
+
+@pytest.mark.parametrize("name", ["measured", "measured-0.1-none", "awgn-none", "measured-none-half3"])
+def test_names_that_mix_measured_and_simulated_noise_are_refused(name):
+    with pytest.raises(ValueError, match="experiment: expected protocol-snr-contamination .* measured-none"):
+        Experiment.parse(name)
+
+
+def test_pairs_of_particles_are_the_images_as_they_were_taken(tmp_path):
+    x, y = np.random.default_rng(0).random((2, 6, 16, 16), dtype=np.float32)
+    for split in ("train", "test"):
+        np.save(tmp_path / f"x_{split}.npy", x)
+        np.save(tmp_path / f"y_{split}.npy", y)
+    data = Dataset(tmp_path)
+    for ours, expected in zip(data.pairs("train", Experiment.parse("measured-none-half2")), (x, y)):
+        np.testing.assert_array_equal(ours, expected[1::2])
+    (tmp_path / "y_test.npy").unlink()
+    with pytest.raises(
+        FileNotFoundError,
+        match="y_test.npy, found nothing; .* for particles and their measured noise, with notebook 10",
+    ):
+        data.pairs("test", Experiment.parse("measured-none"))
+
+
+def test_missing_runs_are_counted_and_the_first_is_named(tmp_path):
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    with pytest.raises(
+        FileNotFoundError, match="4 of 4 runs are missing, the first .*figure4/l1_ae/measured-none/seed0"
+    ):
+        experiments.expected_runs(params, params["particle_studies"], tmp_path)
+    for name in params["particle_studies"]:
+        for run in expand(params["study"][name]):
+            folder = tmp_path / name / run.folder
+            folder.mkdir(parents=True)
+            (folder / "generator.safetensors").touch()
+    assert len(experiments.expected_runs(params, params["particle_studies"], tmp_path)) == 4

@@ -1,0 +1,125 @@
+"""Notebooks run with the parameters they declare and no others; committed ones are clean."""
+
+import ast
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from cryo_lib.paper import notebooks
+from cryo_lib.paper.notebooks import NotebookError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    cells = [
+        nbformat.v4.new_markdown_cell("# A notebook"),
+        nbformat.v4.new_code_cell("n = 1  # a number\nrate = 0.5\nname = 'x'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print('n is', n)\n1 / n"),
+    ]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_run_injects_parameters_and_streams_output(notebook, capfd):
+    out = notebooks.run(notebook, notebook.parent / "deep" / "out.ipynb", {"n": 4})
+    assert "n is 4" in capfd.readouterr().out
+    assert "0.25" in str(nbformat.read(out, as_version=4).cells[-1].outputs)
+
+
+def test_a_script_is_the_same_code_in_this_process(notebook, capsys, monkeypatch):
+    """With the parameters checked and injected alike, and without papermill."""
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    names = notebooks.script(notebook, {"n": 5})
+    assert names["n"] == 5 and "n is 5" in capsys.readouterr().out
+    with pytest.raises(NotebookError, match="unknown parameter 'm'"):
+        notebooks.script(notebook, {"m": 5})
+    assert notebooks.main(["script", str(notebook), "-p", "n", "6"]) == 0 and "n is 6" in capsys.readouterr().out
+
+
+def test_a_failing_cell_is_one_line_with_the_way_to_it(notebook, capsys):
+    out = notebook.parent / "out.ipynb"
+    assert notebooks.main(["run", str(notebook), str(out), "-p", "n", "0"]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message == f"error: {notebook}: cell 3 failed: ZeroDivisionError: division by zero (executed copy: {out})"
+    assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"m": 1}, "a.ipynb: unknown parameter 'm'; it declares n, name, rate"),
+        ({"n": "one"}, r"parameter 'n' expects int \(such as 1\), got 'one' \(str\)"),
+        ({"rate": "1e-3"}, "parameter 'rate' expects float .* in YAML write 1.0e-3, not 1e-3"),
+        ({"n": True}, "expects int"),
+        ({"name": None}, r"parameter 'name' expects str \(such as 'x'\), got None"),
+    ],
+)
+def test_unknown_and_mistyped_parameters_are_refused_before_anything_runs(notebook, given, message):
+    with pytest.raises(NotebookError, match=message):
+        notebooks.run(notebook, notebook.parent / "out.ipynb", given)
+    assert not (notebook.parent / "out.ipynb").exists()
+
+
+def test_with_a_section_no_parameter_may_be_missing(notebook, capsys):
+    params = notebook.parent / "params.yaml"
+    params.write_text("s: {n: 1, rate: 0.5}")
+    command = ["run", str(notebook), str(notebook.parent / "out.ipynb"), "-s", "s", "--params", str(params)]
+    assert notebooks.main(command) == 1
+    assert "a.ipynb: expected all of its parameters, name not given" in capsys.readouterr().err
+    assert notebooks.main([*command, "-p", "name", "y"]) == 0
+
+
+def test_an_integer_serves_for_a_float(notebook):
+    notebooks.check_parameters("a", {"rate": 0.5}, {"rate": 1})
+
+
+def test_sections_are_found_or_named():
+    params = {"study": {"table1": {"seeds": [0]}}, "scale": "ci"}
+    assert notebooks.section(params, "study.table1") == {"seeds": [0]}
+    with pytest.raises(NotebookError, match="no section 'study.table2'; there are study, scale"):
+        notebooks.section(params, "study.table2")
+    with pytest.raises(NotebookError, match="'scale' is a value, expected a section"):
+        notebooks.section(params, "scale")
+
+
+def test_a_notebook_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(NotebookError, match="b.ipynb: no such notebook"):
+        notebooks.run(tmp_path / "b.ipynb", tmp_path / "out.ipynb", {})
+
+
+def test_export_holds_code_only_and_strip_removes_outputs(notebook):
+    (exported,) = notebooks.export(notebook.parent, notebook.parent / "build")
+    before = exported.read_text()
+    assert "print('n is', n)" in before and "A notebook" not in before
+    executed = notebooks.run(notebook, notebook.parent / "out.ipynb", {})
+    assert notebooks.strip(executed) and not notebooks.strip(executed)
+    assert all(not c.get("outputs") for c in nbformat.read(executed, as_version=4).cells)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
+def test_a_committed_notebook_keeps_the_house_rules(path, tmp_path):
+    """No outputs; prose first; parameters, then the root; no `def`; at most 15 code cells of 20 lines; a comment each."""
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text())
+    assert not notebooks.strip(copy), (
+        f"{path.name} has outputs or editor metadata: python -m cryo_lib.paper.notebooks strip {path}"
+    )
+    cells = nbformat.read(path, as_version=4).cells
+    code = [c for c in cells if c.cell_type == "code"]
+    assert cells[0].cell_type == "markdown" and "**Makes**" in cells[0].source and "**Costs**" in cells[0].source
+    assert code[0] is cells[1] and code[0].metadata["tags"] == ["parameters"] and "enter_root()" in code[1].source
+    for line in code[0].source.splitlines():
+        assert "  # " in line, f"a parameter without a comment: {line}"
+    assert len(code) <= 15
+    for cell in code[1:]:
+        assert len(cell.source.splitlines()) <= 20, cell.source
+    for cell in code:
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source)))
+    assert any("We differ" in c.source for c in cells) or "01_" in path.name
+    assert notebooks.declared(nbformat.read(path, as_version=4), path.name).get("scale", "laptop") == "laptop"

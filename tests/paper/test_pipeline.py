@@ -1,0 +1,450 @@
+"""The pipeline is whole: dependencies declared, parameters one and the same, and a ci-scale run from nothing to figures."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mrcfile
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from cryo_lib.denoisers import apply
+from cryo_lib.evaluate import reconstruction
+from cryo_lib.networks import models
+from cryo_lib.paper import notebooks
+from cryo_lib.paper.experiments import read_scale
+from cryo_lib.simulate import noise, projection
+from cryo_lib.stacks import particles
+from cryo_lib.stacks.dataset import SPLITS, Dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RUNS = {name: stage for name, stage in STAGES.items() if "notebooks run" in stage["cmd"]}
+needs_relion = pytest.mark.skipif(
+    shutil.which("relion_refine_mpi") is None, reason="RELION is not installed (Debian package `relion`)"
+)
+EXEMPT = {"notebooks"}  # moves to the root and runs notebooks; what it does is not in any result
+
+
+def imported(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "cryo_lib":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cryo_lib."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def modules_below(source: str) -> set[str]:
+    found, todo = set(), imported(source) - EXEMPT
+    while todo:
+        module = todo.pop()
+        found.add(module)
+        todo |= imported((ROOT / "cryo_lib" / f"{module}.py").read_text()) - found
+    return found
+
+
+def notebook_of(stage: dict) -> Path:
+    return ROOT / next(word for word in stage["cmd"].split() if word.endswith(".ipynb"))
+
+
+def code_of(path: Path) -> str:
+    return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stage_depends_on_every_module_its_notebook_imports(name):
+    declared = {Path(dep).stem for dep in RUNS[name]["deps"] if dep.startswith("cryo_lib/") and dep.endswith(".py")}
+    assert declared == modules_below(code_of(notebook_of(RUNS[name])))
+    assert f"build/nbsrc/{notebook_of(RUNS[name]).stem}.py" in RUNS[name]["deps"]
+
+
+def test_every_notebook_has_one_stage_and_training_three():
+    """One for each data set, and one for the supplement."""
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    training = ROOT / "notebooks" / "03_train_networks.ipynb"
+    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training, training])
+
+
+@pytest.mark.parametrize(
+    "name, studies",
+    [
+        ("evaluate", ["studies"]),
+        ("evaluate_supplement", ["supplement_studies"]),
+        ("evaluate_particles", ["particle_studies"]),
+    ],
+)
+def test_an_evaluation_depends_on_every_study_it_evaluates(name, studies):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert {f"runs/${{item.scale}}/{study}" for key in studies for study in params[key]} <= set(STAGES[name]["deps"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parameters_are_the_same_in_notebook_command_and_file(name):
+    """What the command passes is what the notebook declares, all of it, and laptop values are the notebook's defaults."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    words, given = RUNS[name]["cmd"].split(), {}
+    for word, value in zip(words, words[1:]):
+        if word == "-s":
+            study = {"train_particles": "figure4", "train_supplement": "scores"}.get(name, "table1")
+            value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
+            given |= notebooks.section(params, value)
+        elif word == "-p":
+            given[value] = None
+    known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
+    assert set(given) <= set(known)
+    if int(notebook_of(RUNS[name]).name[:2]) >= 20:  # tables and figures: what they show is a default of the notebook's
+        return
+    assert set(given) == set(known)
+    differing = {k for k, v in given.items() if v is not None and v != known[k]} - {"methods", "experiments", "seeds"}
+    if name == "train_particles":
+        differing -= set(params["particle_train"])
+    if name == "denoise":
+        differing -= {
+            "checkpoint"
+        }  # a reader's default is the network that lies in git; the pipeline takes its own, as trained
+    assert not differing
+
+
+def test_a_stage_tracks_the_sections_it_reads():
+    for name, stage in RUNS.items():
+        words = stage["cmd"].split()
+        sections = {value for word, value in zip(words, words[1:]) if word == "-s"}
+        assert sections <= set(stage.get("params", [])), name
+
+
+def test_module_imports_flow_one_way():
+    """No cycle: the library's modules can be laid in a line."""
+    edges = {p.stem: imported(p.read_text()) for p in (ROOT / "cryo_lib").glob("*.py") if p.stem != "__init__"}
+    while edges:
+        free = [m for m, needs in edges.items() if not needs & set(edges)]
+        assert free, f"an import cycle among {sorted(edges)}"
+        for module in free:
+            del edges[module]
+
+
+@pytest.fixture(scope="session")
+def ci_run(tmp_path_factory):
+    """A copy of the sources at the ci scale, after one `dvc repro` from nothing."""
+    folder = tmp_path_factory.mktemp("ci")
+    for name in ("cryo_lib", "notebooks", "scales", ".dvc/config"):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(source, target)
+    for name in ("dvc.yaml", ".dvcignore", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "results" / "preprint", folder / "results" / "preprint")
+    shutil.copy(ROOT / "scales" / "ci.yaml", folder / "params.yaml")
+    with (folder / ".dvc" / "config").open("a") as config:
+        config.write("    no_scm = true\n")
+    done = repro(folder)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return folder
+
+
+def run_notebook(folder: Path, name: str, *arguments: str, scale: bool = True) -> subprocess.CompletedProcess:
+    """Run a notebook of a copy of the repository, at the ci scale where it has one."""
+    command = ["run", f"notebooks/{name}.ipynb", "out.ipynb", *(["-p", "scale", "ci"] if scale else []), *arguments]
+    return subprocess.run(
+        [sys.executable, "-m", "cryo_lib.paper.notebooks", *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )
+
+
+def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        ["dvc", "repro", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def test_the_ci_scale_makes_every_output(ci_run):
+    for stage in STAGES.values():
+        for out in stage["outs"]:
+            path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
+            listed = stage.get("matrix", {}).get("study", "${studies}").strip("${}")
+            for study in read_scale(ci_run / "params.yaml")[listed]:
+                for network in ("figure4", "halves"):
+                    made = path.replace("${item.study}", study).replace("${item.network}", network)
+                    made = made.replace("${weights.weights_method}", "beta_05_05_l1")
+                    assert (ci_run / made).exists(), made
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2 + 8
+
+
+def test_a_second_run_is_up_to_date(ci_run):
+    done = repro(ci_run)
+    assert done.returncode == 0 and "Running stage" not in done.stdout, done.stdout
+    assert "Data and pipelines are up to date" in done.stdout
+
+
+def test_prose_and_saved_outputs_rerun_only_the_export(ci_run):
+    path = ci_run / "notebooks" / "03_train_networks.ipynb"
+    before = path.read_text()
+    executed = next((ci_run / "executed/ci").glob("03_*.ipynb"))
+    saved = nbformat.read(path, as_version=4)
+    saved.cells[0].source += "\n\nMore prose."
+    saved.cells[-1].outputs = nbformat.read(executed, as_version=4).cells[-1].outputs
+    nbformat.write(saved, path)
+    done = repro(ci_run)
+    path.write_text(before)
+    assert [line for line in done.stdout.splitlines() if line.startswith("Running stage")] == ["Running stage 'nbsrc':"]
+    assert repro(ci_run).returncode == 0
+
+
+def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
+    """With data, runs and cache gone, an edited figure notebook still draws its figure."""
+    folder, gone = tmp_path / "clone", ("data", "runs", "denoised", "denoised_particles", "maps", "relion")
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns(*gone, "cache", "tmp", "executed"))
+    path = folder / "notebooks" / "23_draw_figure3a.ipynb"
+    edited = nbformat.read(path, as_version=4)
+    edited.cells[-1].source += "\nprint('edited')"
+    nbformat.write(edited, path)
+    done = repro(folder, "--allow-missing", "figure3a@ci")
+    assert done.returncode == 0 and "edited" in done.stdout, done.stdout + done.stderr
+    assert "Running stage 'train" not in done.stdout and (folder / "figures/ci/figure3a.png").is_file()
+
+
+def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
+    folder = tmp_path / "gap"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp"))
+    lost = next((folder / "runs/ci/table1").rglob("generator.safetensors"))
+    lost.unlink()
+    done = run_notebook(folder, "04_evaluate_methods")
+    assert done.returncode == 1 and "1 of 16 runs are missing, the first runs/ci/table1" in done.stderr
+
+
+def test_exported_stacks_are_new_images_with_their_poses(ci_run):
+    """Clean images are the projections at the star file's poses; denoised ones keep every row; halves have two networks."""
+    dataset = Dataset(ci_run / "data/ci/rnap")
+    folder, volumes = ci_run / "denoised/ci", dataset.volumes
+    names = ["clean", "noisy", "table1/beta_05_05_l1/awgn-0.1-none", "halves/beta_05_05_l1/awgn-0.1-none"]
+    clean, noisy, denoised, halves = (particles.ParticleStack.open(folder / f"{name}.star") for name in names)
+    shown = clean.table["rlnClassNumber"].to_numpy() - 1
+    np.testing.assert_allclose(clean.images[:], projection.views(volumes, clean.poses.rotations, shown), atol=2e-4)
+    seen = {image.tobytes() for split in SPLITS for image in dataset.clean(split)}
+    assert not seen & {image.tobytes() for image in clean.images[:]}
+    signal = clean.images[:].var(axis=(1, 2))
+    assert signal.mean() / (noisy.images[:] - clean.images[:]).var(axis=(1, 2)).mean() == pytest.approx(0.1, rel=0.02)
+    for stack in (noisy, denoised, halves):
+        np.testing.assert_array_equal(stack.poses.rotations, clean.poses.rotations)
+        assert stack.pixel_size == 6.4 and (stack.half_sets == clean.half_sets).all()
+    for half in (1, 2):
+        run = ci_run / f"runs/ci/halves/beta_05_05_l1/awgn-0.1-none-half{half}/seed0/generator.safetensors"
+        rows = halves.half_sets == half
+        expected = models.denoise_images(models.load(run)[0], noisy.images[rows])
+        np.testing.assert_allclose(halves.images[rows], expected, atol=1e-5)
+
+
+def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_back(ci_run):
+    """60 clean images, 30 of the conformation: enough at 13 A for the map to be the volume at low resolution."""
+    curves = pd.read_csv(ci_run / "results/ci/fsc.csv")
+    table = pd.read_csv(ci_run / "results/ci/resolution.csv").set_index("stack")
+    for stack, rows in curves.groupby("stack"):
+        assert reconstruction.resolution(rows["truth"], 0.5, pixel_size=6.4) == pytest.approx(
+            table.loc[stack, "truth 0.5"], rel=1e-3
+        )
+    assert table.loc["clean", "truth_masked 0.5"] < 20 < table.loc["noisy", "truth_masked 0.5"]
+    clean = mrcfile.read(ci_run / "maps/ci/clean.mrc")
+    again = reconstruction.fsc(clean, mrcfile.read(ci_run / "maps/ci/truth.mrc"))
+    np.testing.assert_allclose(again, curves.loc[curves["stack"] == "clean", "truth"], atol=1e-4)
+
+
+def test_without_relion_the_figures_say_so(ci_run):
+    report = json.loads((ci_run / "results/ci/relion.json").read_text())
+    assert report == {"ran": False, "reason": "RELION left out (run_relion: false)", "stacks": {}, "version": None}
+
+
+def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_box(ci_run):
+    """76 px stacks: the middle 64 px go through the network, rows stay, and around lies its background."""
+    stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
+    for name, study, suffixes in (("figure4", "figure4", ("", "")), ("halves", "figure4_halves", ("-half1", "-half2"))):
+        denoised = particles.ParticleStack.open(ci_run / f"denoised_particles/ci/{name}/beta_05_05_l1.star")
+        assert denoised.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))
+        for half, suffix in zip((1, 2), suffixes):
+            rows = np.flatnonzero(stack.half_sets == half)[:5]
+            folder = ci_run / f"runs/ci/{study}/beta_05_05_l1/measured-none{suffix}/seed0"
+            model, card = models.load(folder / "generator.safetensors")
+            y = (
+                noise.standardise(stack.images[rows], 6.4, 64, 6.4) * card["background"]["sd"]
+                + card["background"]["mean"]
+            )
+            expected = models.denoise_images(model, y.astype(np.float32))
+            np.testing.assert_allclose(denoised.images[rows][:, 6:70, 6:70], expected, atol=1e-4)
+            assert np.ptp(denoised.images[rows][:, :6], axis=(1, 2)).max() < 1e-5
+
+
+def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run, tmp_path):
+    """A second seed of a better card is taken, whatever its weights do; what 16 bits do not hold, or git should not, is refused."""
+    folder = tmp_path / "shipped"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "executed", "denoised*", "maps"))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["study"]["figure4"]["seeds"] = [0, 1]
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    for method in params["study"]["figure4"]["methods"]:
+        shutil.copytree(*(folder / f"runs/ci/figure4/{method}/measured-none/seed{seed}" for seed in (0, 1)))
+    path = folder / "runs/ci/figure4/beta_05_05_l1/measured-none/seed1/generator.safetensors"
+    model, card = models.load(path)
+    first = next(iter(dict(model.named_parameters())))
+    model.get_parameter(first).data.mul_(1.5)
+    card["validation"]["psnr"] += 1
+    models.save(path, model, card)
+    done = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    shipped = folder / "weights/ci/beta_05_05_l1.safetensors"
+    stored, made = load_file(shipped), json.loads(shipped.with_suffix(".json").read_text())
+    assert made == card | {"dtype": "float16", "from": "figure4/beta_05_05_l1/measured-none/seed1"}
+    for name, value in model.state_dict().items():
+        assert stored[name].dtype == (value.half().dtype if value.is_floating_point() else value.dtype)
+        assert torch.equal(stored[name], value.to(stored[name].dtype)), name
+    before = shipped.read_bytes()
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_limit", "0.01")
+    assert f"expected a file of at most 0.01 MB, since it lies in git, got {len(before) / 1e6:.3g} MB" in refused.stderr
+    values = load_file(path)
+    values[first].view(-1)[0] = 1e5
+    save_file(values, path)
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    assert (
+        "expected values that 16 bits hold to one part in 2048, got 1 of" in refused.stderr and first in refused.stderr
+    )
+    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_dataset", "rnap")
+    assert "weights_dataset: expected the pairs that" in refused.stderr
+    assert shipped.read_bytes() == before
+
+
+def test_the_shipped_network_denoises_a_stack_as_its_own_run_with_rounded_weights(ci_run):
+    stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
+    model, card = models.load(ci_run / "runs/ci/figure4/beta_05_05_l1/measured-none/seed0/generator.safetensors")
+    shipped = models.load(ci_run / "weights/ci/beta_05_05_l1.safetensors")
+    denoised, expected = (
+        apply.fit(*each, stack, resize="crop")(stack.images[:9]) for each in (shipped, (model.half().float(), card))
+    )
+    np.testing.assert_array_equal(denoised, expected)
+
+
+def test_no_particle_that_trained_a_network_is_tested_or_reconstructed(ci_run):
+    rows = {
+        name: set(values)
+        for name, values in Dataset(ci_run / "data/ci/ribosome").poses.items()
+        if name.endswith("_rows")
+    }
+    assert sum(map(len, rows.values())) == len(set.union(*rows.values())) == 120
+    assert len(rows["train_rows"]) == 40 and len(rows["test_rows"]) == 12
+
+
+def test_the_reference_map_comes_back_from_its_own_projections(ci_run):
+    """72 clean particles at their star file's poses and shifts: the whole chain of frames, crops and shifts is right."""
+    table = pd.read_csv(ci_run / "results/ci/particles/resolution.csv").set_index("stack")
+    assert set(table.index) == {"clean", "noisy", "figure4/beta_05_05_l1", "halves/beta_05_05_l1"}
+    assert table.loc["clean", "truth_masked 0.5"] < 20
+    assert table.loc["noisy", "truth_masked 0.5"] < 40
+
+
+def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands(ci_run, tmp_path):
+    """Stack, map and poses of one's own: notebook 10, 03 and 11 with nothing of the pipeline but the code."""
+    folder = tmp_path / "own"
+    shutil.copytree(
+        ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "data", "runs", "denoised*", "executed")
+    )
+    source = ci_run / "data/ci/particles"
+    for name in ("particles.star", "particles.mrcs", "map.mrc"):
+        shutil.copy(source / name, folder / f"my{Path(name).suffix}")
+    star = folder / "my.star"
+    star.write_text(star.read_text().replace("particles.mrcs", "my.mrcs"))
+    numbers = [("image_size", 32), ("pixel_size", 12.8), ("n_train", 60), ("n_val", 4), ("n_test", 4)]
+    options = [word for name, value in numbers for word in ("-p", name, str(value))]
+    pairs = ("-p", "dataset", "mine", "-p", "particles", "my.star", "-p", "map_file", "my.mrc", *options)
+    train = [
+        "-p",
+        "dataset",
+        "mine",
+        "-p",
+        "study",
+        "mine",
+        "-p",
+        "methods",
+        "[l1_ae]",
+        "-p",
+        "experiments",
+        "[measured-none]",
+        "-p",
+        "width",
+        "2",
+    ]
+    checkpoint = "runs/ci/mine/l1_ae/measured-none/seed0/generator.safetensors"
+    denoise = ["-p", "particles", "my.star", "-p", "checkpoint", checkpoint, "-p", "out", "out/my.star"]
+    for name, arguments in (("10_pair_particles", pairs), ("03_train_networks", train)):
+        done = run_notebook(folder, name, *arguments)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    refused = run_notebook(folder, "11_denoise_particles", *denoise, scale=False)
+    assert (
+        "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px of 6.4 A; allow resize rescale"
+        in refused.stderr
+    )
+    done = run_notebook(folder, "11_denoise_particles", *denoise, "-p", "resize", "rescale", scale=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
+    assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
+    shown = [
+        o
+        for c in nbformat.read(folder / "out.ipynb", as_version=4).cells
+        for o in c.get("outputs", [])
+        if "image/png" in o.get("data", {})
+    ]
+    assert len(shown) == 4
+
+
+@needs_relion
+def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
+    """RELION, from our star file, finds the molecule that was projected: conventions agree from end to end."""
+    folder = ci_run / "denoised/ci"
+    command = ["relion_reconstruct", "--i", "clean.star", "--o", "clean.mrc", "--maxres", "20"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    volume = Dataset(ci_run / "data/ci/rnap").volumes.mean(axis=0)
+    assert np.corrcoef(mrcfile.read(folder / "clean.mrc").ravel(), volume.ravel())[0, 1] > 0.8
+
+
+@needs_relion
+def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
+    """Initial model, 3D classification, auto-refinement, post-processing, as notebook 07 runs them; then the figure has them."""
+    folder = tmp_path / "relion"
+    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "runs"))
+    given = yaml.safe_load((ROOT / "scales/ci.yaml").read_text())["relion"] | {
+        "run_relion": True,
+        "relion_stacks": ["clean"],
+    }
+    (folder / "given.yaml").write_text(yaml.safe_dump({"relion": given}))
+    done = run_notebook(folder, "07_run_relion", "-s", "relion", "--params", "given.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((folder / "results/ci/relion.json").read_text())
+    found = report["stacks"]["clean"]
+    assert report["ran"] and report["version"][0].isdigit()
+    assert (
+        sum(found["occupancies"]) == pytest.approx(1, abs=1e-3) and sum(found["states_in_class"]) == found["in_class"]
+    )
+    assert len(found["frequency"]) == len(found["corrected"]) == len(found["truth"]) == 17
+    assert 2 * 6.4 <= found["resolution"] < 204.8 and 0 <= found["pose_error"] <= 180
+    steps = ["prepare", "initial_model", "classify", "auto_refine", "mask_create", "post_process"]
+    assert [step for step in found["commands"] if step != "auto_refine_join"] == steps
+    for step in steps:
+        log = (folder / f"relion/ci/clean/{step}.log").read_text()
+        assert log.startswith(found["commands"][step]) and log.rstrip().endswith("[finished]")
+    for figure in ("24_draw_figure3bd", "26_draw_figure3hj"):
+        assert run_notebook(folder, figure).returncode == 0

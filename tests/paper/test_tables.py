@@ -1,0 +1,118 @@
+"""Tables say what was measured: means over images, sd over seeds, best marked by the paper's rule."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cryo_lib.evaluate import metrics
+from cryo_lib.paper import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def rows():
+    rng = np.random.default_rng(0)
+    x = rng.random((5, 16, 16))
+    return pd.concat(
+        tables.score(x, x + rng.normal(0, sd, x.shape), method, "awgn-0.1-none", seed)
+        for method, sd, seed in [
+            ("bm3d", 0.3, None),
+            ("l1_ae", 0.1, 0),
+            ("l1_ae", 0.12, 1),
+            ("l2_ae", 0.11, 0),
+            ("l2_ae", 0.11, 1),
+        ]
+    )
+
+
+def test_scores_are_the_metrics_image_by_image():
+    x = np.random.default_rng(0).random((3, 16, 16))
+    table = tables.score(x, x**2, "l1_ae", "awgn-0.1-none", 2)
+    np.testing.assert_array_equal(table["psnr"], metrics.psnr(x, x**2))
+    assert list(table.columns) == ["method", "experiment", "seed", "image", "mse", "psnr", "ssim"]
+
+
+def test_sd_is_over_seeds_not_over_images(rows):
+    summary = tables.over_seeds(tables.over_images(rows)).set_index("method")
+    by_hand = [rows[(rows["method"] == "l1_ae") & (rows["seed"] == s)]["psnr"].mean() for s in (0, 1)]
+    assert summary.loc["l1_ae", "psnr"] == pytest.approx(np.mean(by_hand))
+    assert summary.loc["l1_ae", "psnr_sd"] == pytest.approx(np.std(by_hand, ddof=1))
+    assert summary.loc["l1_ae", "n_seeds"] == 2 and np.isnan(summary.loc["bm3d", "psnr_sd"])
+
+
+def test_best_is_the_best_and_what_lies_within_its_sd():
+    summary = pd.DataFrame(
+        {
+            "method": list("abc") + ["d"],
+            "experiment": ["e"] * 3 + ["other"],
+            "mse": [1.0, 1.05, 1.3, 9.0],
+            "mse_sd": [0.1, 5.0, 5.0, 0.0],
+            "psnr": [20.0, 19.9, 18.0, 1.0],
+            "psnr_sd": [0.05, 9.0, 9.0, np.nan],
+            "ssim": [0.5, 0.5, 0.4, 0.1],
+            "ssim_sd": [np.nan] * 4,
+        }
+    )
+    marked = tables.mark_best(summary)
+    assert marked["mse_best"].tolist() == [True, True, False, True]
+    assert marked["psnr_best"].tolist() == [True, False, False, True]
+    assert marked["ssim_best"].tolist() == [True, True, False, True]
+
+
+def test_per_image_files_allow_a_paired_test(rows, tmp_path):
+    paths = tables.write_per_image(tmp_path, rows)
+    table = pd.read_csv(paths[1])
+    expected = rows[(rows["method"] == "l1_ae") & (rows["seed"] == 1)]["psnr"]
+    np.testing.assert_allclose(table["l1_ae/awgn-0.1-none/seed1"], expected, rtol=1e-4)
+    assert "bm3d/awgn-0.1-none" in table and len(table) == 5
+
+
+def test_the_papers_table_is_whole_and_as_printed():
+    paper = pd.read_csv(ROOT / "results/preprint/table1.csv")
+    assert len(paper) == 20 and set(paper["method"]) <= set(tables.LABELS)
+    assert paper.set_index(["method", "snr"]).loc[("wgan_gp_l1", 0.1), "psnr"] == 25.42
+
+
+def test_table_beside_the_paper_has_both_and_invents_nothing(rows):
+    ours = tables.mark_best(tables.over_seeds(tables.over_images(rows)))
+    paper = pd.read_csv(ROOT / "results/preprint/table1.csv")
+    best = pd.DataFrame({"method": ["l1_ae"], "experiment": ["awgn-0.1-none"], "psnr": [21.0], "psnr_sd": [0.1]})
+    table = tables.beside_paper(ours, paper, best, 0.1).set_index("Method")
+    assert (
+        table.loc["BM3D", "PSNR, paper"] == "14.54 ± 0.15" and table.loc["BM3D", "MSE, paper"] == "3.52e-02 ± 7.81e-03"
+    )
+    assert table.loc["BM3D", "PSNR, ours"] == f"{rows[rows['method'] == 'bm3d']['psnr'].mean():.2f}"
+    assert set(table["PSNR, ours, clipped"]) == {"—"}
+    assert table.loc["ℓ1-Autoencoder", "PSNR, ours, five checkpoints of one run"] == "21.00 ± 0.10"
+
+
+def test_insert_replaces_only_what_is_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
+    assert tables.insert(path, "t", "new\n") and not tables.insert(path, "t", "new\n")
+    assert path.read_text() == "a\n<!-- t -->\nnew\n<!-- /t -->\nb\n"
+    with pytest.raises(ValueError, match="expected the markers <!-- x --> and <!-- /x -->"):
+        tables.insert(path, "x", "")
+
+
+def test_the_readme_shows_the_committed_table():
+    table = (ROOT / "results/laptop/table1.md").read_text(encoding="utf-8")
+    assert f"<!-- table1 laptop -->\n{table}<!-- /table1 laptop -->" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_table_whose_words_hold_bars_keeps_its_columns():
+    text = tables.markdown(pd.DataFrame({"|a - b|": ["x|y", "z"], "n": [1, 2]}))
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()]
+    assert [len(row) for row in rows] == [2, 2, 2, 2] and rows[2][0].strip() == "x\\|y"
+
+
+def test_the_steadiness_of_a_training_is_read_off_its_curve():
+    curves = pd.DataFrame(
+        {"run": list("aaaabbc"), "psnr": [10, 19, 12, 20, 5, 6, 7.0], "spread": [3, 2, 1.5, 1, 0.5, 0.0, 1]}
+    )
+    found = tables.stability(curves, ["run"])
+    assert found["fall"].tolist() == [7, 0, 0] and found["spread"].tolist() == [1, 0, 1]
