@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup repro gpu test bench lab clean
+.PHONY: setup repro gpu test bench book lab clean
 
 setup: $(VENV)/.ready
 
@@ -19,10 +19,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 repro: setup
 	@python -m cryo_lib.paper.experiments
 	dvc repro
-	@python -m cryo_lib.paper.tables
-	@python -m cryo_lib.paper.notebooks report
+	@python -m cryo_lib.paper.report
+	@cryo report
 
-# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped. See README.md.
+# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped. See docs/clusters.md.
 MINUTES ?= 9
 ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
 gpu: setup
@@ -30,6 +30,7 @@ gpu: setup
 	python -m cryo_lib.paper.cluster train --minutes $(MINUTES) $(ORDER)
 
 test: setup
+	ruff check --quiet . && ruff format --quiet --check .
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 # Topaz-Denoise (GPL-3.0) is what denoising is measured against: in a folder of its own, and no dependency.
@@ -37,6 +38,10 @@ bench: setup
 	@test -d build/topaz/topaz || pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0 \
 		|| echo "Topaz-Denoise could not be installed: its row will say so"
 	python -m benchmarks
+
+# One site of the executed notebooks of the scale in params.yaml, to be read without a server: build/book/index.html.
+book: setup
+	python -m cryo_lib.paper.book
 
 lab: setup
 	jupyter lab

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and checks say what, expected, got and the way out."""
 
+import ast
 import errno
 from pathlib import Path
 
@@ -80,3 +81,41 @@ def test_the_root_is_found_from_below_and_missed_loudly(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="expected dvc.yaml in"):
         files.enter_root()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A library `cryo_lib` of three modules, in place of ours."""
+    folder = tmp_path / "cryo_lib"
+    (folder / "room").mkdir(parents=True)
+    (folder / "__init__.py").write_text('"""Nothing."""\n')
+    (folder / "room" / "a.py").write_text('"""Doc."""\nfrom cryo_lib.room import b\n\n\ndef f():\n    """Doc."""\n')
+    (folder / "room" / "b.py").write_text("X = 1  # a comment\n")
+    (folder / "other.py").write_text("Y = 2\n")
+    monkeypatch.setattr(files, "__file__", str(folder / "files.py"))
+    return folder
+
+
+def test_a_closure_holds_the_code_of_all_that_is_imported_and_nothing_else(package):
+    """Docstrings and comments change nothing, code below does, and what is not imported does not."""
+    source = "from cryo_lib.room.a import f  # what it is for\nf()"
+    before = files.closure(source)
+    assert "X = 1" in before and "Doc" not in before and "comment" not in before and "Y = 2" not in before
+    (package / "room" / "b.py").write_text('"""A docstring."""\n\n# another comment\nX = 1\n')
+    (package / "other.py").write_text("Y = 3\n")
+    assert files.closure(source.split("#")[0] + "\nf()") == before
+    (package / "room" / "b.py").write_text("X = 2\n")
+    assert files.closure(source) != before
+
+
+def test_a_relative_import_has_no_closure():
+    with pytest.raises(ValueError, match="code, line 2: expected an import by full name, got a relative one"):
+        files.closure("x = 1\nfrom . import b")
+
+
+def test_the_code_without_docstrings_is_the_same_code():
+    """Every module of the library still parses, and each function is there with the statements that it had."""
+    for path in sorted((ROOT / "cryo_lib").rglob("*.py")):
+        tree, bare = ast.parse(path.read_text()), ast.parse(files.closure(path.read_text()))
+        names = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert set(names) <= {n.name for n in ast.walk(bare) if isinstance(n, ast.FunctionDef | ast.ClassDef)}, path

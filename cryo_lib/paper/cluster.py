@@ -3,14 +3,15 @@
 python -m cryo_lib.paper.cluster list [STUDY...]       every training, its index, and whether it is finished
 python -m cryo_lib.paper.cluster missing [STUDY...]    the indices of those that are not, as `sbatch --array` takes them
 python -m cryo_lib.paper.cluster run INDEX             one training, by papermill
-python -m cryo_lib.paper.cluster train [PATTERN...]    those that are not finished, without papermill, as far as --minutes allow
-python -m cryo_lib.paper.cluster stages [STUDY...]     their stages in dvc.yaml, once all are finished; stops where one is not
+python -m cryo_lib.paper.cluster train [PATTERN...]    what is not finished, without papermill, as long as --minutes
+python -m cryo_lib.paper.cluster collect [STUDY...]    once all are finished: their notebooks; prints their stages
 python -m cryo_lib.paper.cluster data [STUDY...]       the stages that make what they train on
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import shutil
 import sys
@@ -19,18 +20,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import models, parallel, runs
-from cryo_lib.networks.runs import Run, expand
+from cryo_lib.networks.runs import Run
 from cryo_lib.paper import notebooks
-from cryo_lib.paper.experiments import read_scale
+from cryo_lib.paper.experiments import DATASETS, grid, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset
 
-SCRATCH = Path(".scratch")
+NOTEBOOK, SCRATCH = Path("notebooks/03_train_networks.ipynb"), Path(".scratch")
 
 
 def tasks(params: dict[str, Any]) -> list[tuple[str, Run]]:
-    """Every training of a scale (`experiments.read_scale`) as its study and run; its index is its number in the job array."""
-    return [(name, run) for name, study in params["study"].items() for run in expand(study)]
+    """Every training of a scale, its study and run; its index is its number in the job array."""
+    return [(name, run) for name, study in params["study"].items() for run in grid(study)]
 
 
 def chosen(params: dict[str, Any], studies: list[str]) -> dict[int, tuple[str, Run]]:
@@ -40,41 +42,29 @@ def chosen(params: dict[str, Any], studies: list[str]) -> dict[int, tuple[str, R
     return {i: task for i, task in enumerate(tasks(params)) if not studies or task[0] in studies}
 
 
-def parameters(params: dict[str, Any], study: str, run: Run) -> dict[str, Any]:
-    """What notebook 03 is run with for one training: what the stage of its study passes, but for one run alone."""
-    of_particles = study in params["particle_studies"]
-    variants = params["study"][study]["variants"]
-    one = {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
-    one["variants"] = {run.variant: variants[run.variant]} if run.variant else {}
-    data, _ = folders(params, study)
-    given = {"scale": params["scale"], "study": study, "dataset": data.name, "device": "auto"}
-    settings = params["train"] | (params["particle_train"] if of_particles else {})
-    if study in params["supplement_studies"]:
-        settings = settings | {"on_failure": "record"}
-    return given | settings | one
+def parameters(params: dict[str, Any], name: str, run: Run | None = None) -> dict[str, Any]:
+    """What notebook 03 is run with for a study, as its stage does, or for one run of it alone."""
+    study = params["study"][name]
+    given = {"scale": params["scale"], "study": name, "device": "auto"} | params["train"] | study
+    if run is not None:
+        given |= {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
+        given["variants"] = {run.variant: study["variants"][run.variant]} if run.variant else {}
+    return given
 
 
-def settings_of(params: dict[str, Any], study: str, run: Run) -> runs.Settings:
-    """The settings of one training, its variant's changes made."""
-    given = parameters(params, study, run)
-    settings = runs.Settings(**{name: given[name] for name in runs.Settings.__dataclass_fields__})
-    return runs.varied(settings, run.variant, given["variants"])
-
-
-def folders(params: dict[str, Any], study: str) -> tuple[Path, Path]:
+def folders(params: dict[str, Any], name: str) -> tuple[Path, Path]:
     """Where a study's pairs lie, and where its runs go."""
-    dataset = "ribosome" if study in params["particle_studies"] else "rnap"
-    return Path("data", params["scale"], dataset), Path("runs", params["scale"], study)
+    return Path("data", params["scale"], params["study"][name]["dataset"]), Path("runs", params["scale"], name)
 
 
 def finished(params: dict[str, Any], study: str, run: Run) -> bool:
     """Whether a training has been made, by these very settings, data and code."""
     data, out = folders(params, study)
-    return (data / "card.json").is_file() and runs.finished(run, settings_of(params, study, run), data, out)
+    return (data / "card.json").is_file() and runs.finished(run, settings_of(params, study, run), data, out, SCORES)
 
 
 def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run]]:
-    """The tasks whose folders, as `list` prints them, match the patterns (* is anything), pattern by pattern, each once.
+    """The tasks whose folders, as `list` prints them, match the patterns (* is anything), in their order, each once.
 
     ValueError for a pattern that none matches.
     """
@@ -93,8 +83,9 @@ def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run
 def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf, device: str = "auto") -> int:
     """Train what is not finished, in the order of the patterns, for so many minutes; how many trainings are left.
 
-    The one under way when the time is up stops at its next line of metrics (so up to a line later), and goes on from there at the next call. A
-    training that breaks, or has no data yet, is told of and counts as left; the others go on. RuntimeError under torchrun.
+    The one under way when the time is up stops at its next line of metrics, and goes on from there at the next call.
+    A training that breaks, or has no data yet, is told of and counts as left; the others go on. RuntimeError under
+    torchrun.
     """
     if parallel.size() > 1:
         raise RuntimeError("train: expected one process, got torchrun's several; use `run INDEX` under torchrun")
@@ -107,12 +98,12 @@ def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf,
         if time.monotonic() < until:
             print(f"{study}/{run.folder.as_posix()}", flush=True)
             try:
-                done = runs.run(run, settings, data, out, SCRATCH, device, until=until)
+                done = runs.run(run, settings, data, out, SCRATCH, device, scores=SCORES, until=until)
             except (runs.TrainingError, FileNotFoundError) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
         if done:
             print(f"  PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
-            configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device))
+            configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)
             shutil.rmtree(runs.state_of(SCRATCH, configuration), ignore_errors=True)
         left += not done
     return left
@@ -138,11 +129,11 @@ def train(params: dict[str, Any], index: int) -> Path:
         )
     study, run = everything[index]
     out = Path("executed", params["scale"], "cluster", f"{study}-{run.folder.as_posix().replace('/', '-')}.ipynb")
-    return notebooks.run("notebooks/03_train_networks.ipynb", out, parameters(params, study, run), complete=True)
+    return notebooks.run(NOTEBOOK, out, parameters(params, study, run), complete=True)
 
 
-def stages(params: dict[str, Any], studies: list[str]) -> list[str]:
-    """The `train...` stages of some studies, whose outputs are whole.
+def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
+    """Make what their stages make of finished trainings, the notebooks with their curves; the stages, for `dvc commit`.
 
     Raises
     ------
@@ -151,35 +142,32 @@ def stages(params: dict[str, Any], studies: list[str]) -> list[str]:
     """
     wanted = chosen(params, studies)
     if missing := [i for i, task in wanted.items() if not finished(params, *task)]:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(wanted)} trainings are not finished: {ranges(missing)}; submit them again"
-        )
-    folders = {Path("runs", params["scale"], study, run.folder) for study, run in wanted.values()}
-    names = list(dict.fromkeys(study for study, _ in wanted.values()))
-    found = {
-        path.parent for name in names for path in Path("runs", params["scale"], name).rglob("generator.safetensors")
-    }
-    if strays := sorted(map(str, found - folders)):
-        raise ValueError(
-            f"expected the runs of the studies alone, got {len(strays)} others, the first {strays[0]}; remove them"
-        )
-    kinds = {"supplement_studies": "train_supplement", "particle_studies": "train_particles", "studies": "train"}
-    return [
-        f"{stage}@{params['scale']}-{name}" for name in names for key, stage in kinds.items() if name in params[key]
-    ]
+        counted = f"{len(missing)} of {len(wanted)} trainings are not finished"
+        raise FileNotFoundError(f"{counted}: {ranges(missing)}; submit them again")
+    names = list(dict.fromkeys(name for name, _ in wanted.values()))
+    known = {folders(params, name)[1] / run.folder for name, run in wanted.values()}
+    found = {path.parent for name in names for path in folders(params, name)[1].rglob("generator.safetensors")}
+    if strays := sorted(map(str, found - known)):
+        problem = f"expected the runs of the studies alone, got {len(strays)} others, the first {strays[0]}"
+        raise ValueError(f"{problem}; remove them")
+    for name in names:
+        copy = Path("executed", params["scale"], f"{NOTEBOOK.stem}-{name}.ipynb")
+        with contextlib.redirect_stdout(sys.stderr):
+            notebooks.publish(notebooks.run(NOTEBOOK, copy, parameters(params, name), complete=True))
+    stage = {"projections": "train", "pairs": "train_particles"}
+    return [f"{stage[made_by(params, name)]}@{params['scale']}-{name}" for name in names]
 
 
-def data_stages(params: dict[str, Any], studies: list[str]) -> list[str]:
-    """The stages that make what some studies train on."""
-    of_particles = [study in params["particle_studies"] for study, _ in chosen(params, studies).values()]
-    return ["projections"] * (not all(of_particles)) + ["pairs"] * any(of_particles)
+def made_by(params: dict[str, Any], name: str) -> str:
+    """The stage that makes what a study trains on."""
+    return DATASETS[params["study"][name]["dataset"]]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all went well."""
     parser = argparse.ArgumentParser(prog="python -m cryo_lib.paper.cluster", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "missing", "stages", "data"):
+    for name in ("list", "missing", "collect", "data"):
         commands.add_parser(name).add_argument("studies", nargs="*")
     commands.add_parser("run").add_argument("index", type=int)
     piece = commands.add_parser("train")
@@ -194,10 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "train":
             left = work(params, options.patterns, options.minutes, options.device)
             print(f"{left} trainings left" + (": call again" if left else ""))
-        elif options.command == "stages":
-            print(*stages(params, options.studies))
+        elif options.command == "collect":
+            print(*collect(params, options.studies))
         elif options.command == "data":
-            print(*data_stages(params, options.studies))
+            print(*dict.fromkeys(made_by(params, study) for study, _ in chosen(params, options.studies).values()))
         elif options.command == "missing":
             print(ranges([i for i, task in chosen(params, options.studies).items() if not finished(params, *task)]))
         else:

@@ -9,35 +9,40 @@ from typing import Any
 
 import yaml
 
-from cryo_lib.networks.runs import Run, expand
+from cryo_lib.networks.runs import Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
-KEYS = {
-    "scale",
-    "structure",
-    "data",
-    "baselines",
-    "studies",
-    "supplement_studies",
-    "study",
-    "train",
-    "export",
-    "reconstruct",
-    "relion",
-    "assign",
-    "particles",
-    "pairs",
-    "particle_studies",
-    "particle_train",
-    "denoise",
-    "weights",
-}
+KEYS = set(
+    "scale structure data baselines studies supplement_studies particle_studies kinds study train export reconstruct "
+    "relion assign particles pairs denoise weights".split()
+)
+GRID = ("methods", "experiments", "seeds", "variants")
+DATASETS = {
+    "rnap": "projections",
+    "ribosome": "pairs",
+}  # the pairs that studies train on, and the stages that make them
+
+
+def grid(study: dict[str, Any]) -> list[Run]:
+    """The runs of a study of a parameter file; ValueError for a key that is missing or unknown."""
+    if set(study) != {"dataset", "changes", *GRID}:
+        raise ValueError(
+            f"study: expected the keys dataset, changes, {', '.join(GRID)}, got {', '.join(sorted(study))}"
+        )
+    return expand({key: study[key] for key in GRID})
+
+
+def settings_of(params: dict[str, Any], name: str, run: Run) -> Settings:
+    """The settings of one training of a study: the scale's, changed by the study and then by the run's variant."""
+    study = params["study"][name]
+    settings = varied(varied(Settings(), params["train"]["settings"]), study["changes"])
+    return varied(settings, study["variants"].get(run.variant, {}))
 
 
 def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dict[Path, Run]:
-    """The folder of every run of the studies `names` below `folder`, and the run; FileNotFoundError where one was not trained."""
-    expected = {folder / name / run.folder: run for name in names for run in expand(params["study"][name])}
+    """The folder of every run of some studies below `folder`, and the run; FileNotFoundError where one is missing."""
+    expected = {folder / name / run.folder: run for name in names for run in grid(params["study"][name])}
     gaps = [str(path) for path in expected if not (path / "generator.safetensors").is_file()]
     if gaps:
         raise FileNotFoundError(
@@ -47,11 +52,11 @@ def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dic
 
 
 def read_scale(path: str | Path) -> dict[str, Any]:
-    """Read a parameter file (`params.yaml`, `scales/*.yaml`) and check it: its keys, its studies, its experiments.
+    """Read a parameter file (`params.yaml`, `scales/*.yaml`) and check it: keys, studies, experiments, settings.
 
     Raises
     ------
-    FileNotFoundError, ValueError : no such file, not YAML, a key missing or unknown, an unknown method or experiment.
+    FileNotFoundError, ValueError : no such file, not YAML, a key missing or unknown, a bad method, experiment, setting.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,21 +67,20 @@ def read_scale(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"parameters {path}: not valid YAML: {error}") from error
     try:
         if wrong := sorted(KEYS ^ set(params)):
-            raise ValueError(f"expected the sections {', '.join(sorted(KEYS))}; missing or unknown: {', '.join(wrong)}")
-        listed = params["studies"] + params["supplement_studies"] + params["particle_studies"]
+            expected = ", ".join(sorted(KEYS))
+            raise ValueError(f"expected the sections {expected}; missing or unknown: {', '.join(wrong)}")
+        listed = params["studies"] + params["particle_studies"]
         if listed != list(params["study"]):
             raise ValueError(
                 f"the lists of studies hold {listed}, expected the entries of study: {list(params['study'])}"
             )
+        if strays := set(params["supplement_studies"]) - set(params["studies"]):
+            raise ValueError(f"supplement_studies: expected some of studies, got {', '.join(sorted(strays))}")
         for name, study in params["study"].items():
-            of_particles = name in params["particle_studies"]
-            for run in expand(study):
-                if (Experiment.parse(run.experiment).protocol == MEASURED) != of_particles:
-                    wanted = f"{MEASURED}-..." if of_particles else f"one of {', '.join(PROTOCOLS)}"
-                    raise ValueError(f"study {name}: expected the noise {wanted}, got {run.experiment}")
+            _check_study(name, study, params)
         for name in params["baselines"]["baseline_experiments"]:
             Experiment.parse(name)
-        trained = {f"{study}/{run.folder}" for study, grid in params["study"].items() for run in expand(grid)}
+        trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:
             names = ", ".join(missing)
             raise ValueError(
@@ -87,8 +91,19 @@ def read_scale(path: str | Path) -> dict[str, Any]:
     return params
 
 
+def _check_study(name: str, study: dict[str, Any], params: dict[str, Any]) -> None:
+    of_particles = name in params["particle_studies"]
+    for run in grid(study):
+        settings_of(params, name, run)
+        if (Experiment.parse(run.experiment).protocol == MEASURED) != of_particles:
+            wanted = f"{MEASURED}-..." if of_particles else f"one of {', '.join(PROTOCOLS)}"
+            raise ValueError(f"study {name}: expected the noise {wanted}, got {run.experiment}")
+    if study["dataset"] != (wanted := "ribosome" if of_particles else "rnap"):
+        raise ValueError(f"study {name}: expected the dataset {wanted}, got {study['dataset']!r}")
+
+
 def _used(params: dict[str, Any]) -> Iterator[str]:
-    """The runs, `study/method/experiment/seed`, that the sections `export`, `assign`, `denoise` and `weights` ask for."""
+    """The runs, `study/method/experiment/seed`, that `export`, `assign`, `denoise` and `weights` ask for."""
     export, assign = params["export"], params["assign"]
     halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
     for name in (*export["stack_runs"], *halves):
@@ -105,8 +120,8 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
 
 
 def differing_keys(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    """Dotted names of the keys that only one of two nested dictionaries has; lists, values and what `variants` holds may differ."""
-    if not (isinstance(a, dict) and isinstance(b, dict)) or where.endswith(".variants."):
+    """Dotted names of the keys that only one of two nested dictionaries has, but for settings and changes of them."""
+    if not (isinstance(a, dict) and isinstance(b, dict)) or where.endswith((".variants.", ".changes.", ".settings.")):
         return
     for key in sorted(set(a) ^ set(b)):
         yield f"{where}{key}"
@@ -119,7 +134,6 @@ if __name__ == "__main__":
         scale = read_scale("params.yaml")
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
-    runs = {name: len(expand(study)) for name, study in scale["study"].items()}
-    print(
-        f"Scale {scale['scale']!r}: {sum(runs.values())} trainings ({', '.join(f'{n} {name}' for name, n in runs.items())})"
-    )
+    counts = {name: len(grid(study)) for name, study in scale["study"].items()}
+    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
+    print(f"Scale {scale['scale']!r}: {sum(counts.values())} trainings ({listed})")

@@ -1,25 +1,20 @@
-"""Notebooks as pipeline stages: run with checked parameters, export their code, keep them free of outputs.
-
-python -m cryo_lib.paper.notebooks run NOTEBOOK OUT [-p name value]... [-s section]... [--params params.yaml]
-python -m cryo_lib.paper.notebooks script NOTEBOOK [-p name value]... [-s section]... [--params params.yaml]
-python -m cryo_lib.paper.notebooks export NOTEBOOKS BUILD
-python -m cryo_lib.paper.notebooks strip NOTEBOOK...
-python -m cryo_lib.paper.notebooks report [--params params.yaml]
-"""
+"""Notebooks as stages of the pipeline and as commands: `cryo list`, `cryo run 11 -p particles my.star`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import yaml
 
-from cryo_lib.files import write_text
+from cryo_lib.files import closure, write_text
 
 
 class NotebookError(RuntimeError):
@@ -43,7 +38,7 @@ def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any], co
     missing = sorted(set(known) - set(given)) if complete else []
     if missing:
         raise NotebookError(
-            f"{name}: expected all of its parameters, {', '.join(missing)} not given; add to the section or pass with -p"
+            f"{name}: expected all of its parameters, {', '.join(missing)} not given; add to the section, or use -p"
         )
     for key, value in given.items():
         if key not in known:
@@ -80,23 +75,25 @@ def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.No
     return notebook
 
 
-def run(notebook: str | Path, out: str | Path, parameters: dict[str, Any], complete: bool = False) -> Path:
+def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any], complete: bool = False) -> Path:
     """Execute `notebook` with papermill and `parameters`, streaming what it prints; the executed copy goes to `out`.
 
-    `complete` as in `check_parameters`. Of several processes that torchrun started, each executes it, and their kernels work
-    together where the library does; the copies of all but the first have their number in their names.
+    `out` None is as `executed` says; `complete` as in `check_parameters`. Of several processes that torchrun started,
+    each executes it, and their kernels work together where the library does; the copies of all but the first have their
+    number in their names.
 
     Raises
     ------
     NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
     """
-    # jsonschema's optional checker of internationalised addresses costs papermill's import 2 s and nothing here needs it.
+    # An optional checker of internationalised addresses costs papermill's import 2 s, and nothing here needs it.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    notebook, out = Path(notebook), Path(out)
+    notebook = Path(notebook)
     _read(notebook, parameters, complete)
+    out = Path(out or executed(notebook, parameters))
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,33 +131,52 @@ def script(notebook: str | Path, parameters: dict[str, Any], complete: bool = Fa
     return names
 
 
-def export(notebooks: str | Path, build: str | Path) -> list[Path]:
-    """Write the code cells of each notebook to `build/<name>.py`: what a stage depends on, whatever outputs or prose say."""
-    notebooks, build = Path(notebooks), Path(build)
+def export(notebooks: str | Path = "notebooks", build: str | Path = "build/nbsrc") -> list[Path]:
+    """Write `build/<name>.py` of each notebook, its code and the library's below it: what a stage depends on."""
     written = []
-    for path in sorted(notebooks.glob("*.ipynb")):
-        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-        written.append(write_text(build / f"{path.stem}.py", "\n\n".join(cells) + "\n"))
+    for path in sorted(Path(notebooks).glob("*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        written.append(write_text(Path(build, f"{path.stem}.py"), closure("\n\n".join(cells))))
     return written
 
 
-def strip(path: str | Path) -> bool:
-    """Remove outputs, counters and editor metadata from a notebook in place; True where it had any."""
-    path = Path(path)
-    before = path.read_text(encoding="utf-8")
-    notebook = nbformat.reads(before, as_version=4)
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    after = nbformat.writes(notebook) + "\n"
-    if after != before:
-        write_text(path, after)
-    return after != before
+def find(name: str, folder: str | Path = "notebooks") -> Path:
+    """The notebook of a number such as "11", or the path that is given; NotebookError for no such number."""
+    if not re.fullmatch(r"\d\d", name):
+        return Path(name)
+    found = sorted(Path(folder).glob(f"{name}_*.ipynb"))
+    if len(found) != 1:
+        there = (
+            ", ".join(path.stem for path in sorted(Path(folder).glob("*.ipynb")))
+            or "none; start in the repository's root"
+        )
+        raise NotebookError(f"notebook: expected one {folder}/{name}_*.ipynb, found {len(found)}; there are {there}")
+    return found[0]
+
+
+def executed(notebook: Path, parameters: dict[str, Any]) -> Path:
+    """Where the executed copy of a notebook goes: executed/, below that the scale where it has one."""
+    known = declared(nbformat.read(notebook, as_version=4), notebook.name)
+    return Path("executed", str(({"scale": ""} | known | parameters)["scale"]), notebook.name)
+
+
+def publish(copy: Path) -> Path:
+    """Write an executed copy as it is committed, `executed/...` to `paper/...`; see `book.publish`."""
+    from cryo_lib.paper import book  # its libraries are not where trainings alone run
+
+    return book.publish(copy, Path("paper", *copy.parts[1:]))
+
+
+def listing(folder: str | Path = "notebooks") -> str:
+    """The notebooks: number and title, what each makes, what it costs; from their first cells."""
+    lines = []
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        title, *paragraphs = nbformat.read(path, as_version=4).cells[0].source.split("\n\n")
+        lines.append(title.lstrip("# "))
+        for word in ("Makes", "Costs"):
+            text = next((p for p in paragraphs if p.startswith(f"**{word}**")), "").removeprefix(f"**{word}**").strip()
+            lines += textwrap.wrap(f"{word.lower()} {text}", 118, initial_indent="     ", subsequent_indent="       ")
+    return "\n".join(lines)
 
 
 def report(scale: str) -> str:
@@ -181,19 +197,17 @@ def report(scale: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 when all went well."""
-    parser = argparse.ArgumentParser(prog="python -m cryo_lib.paper.notebooks", description=__doc__.splitlines()[0])
+    """The command line `cryo`; 0 when all went well."""
+    parser = argparse.ArgumentParser(prog="cryo", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (
-        ("run", "execute a notebook with checked parameters"),
-        ("script", "the same in this process, without Jupyter"),
-    ):
+    for name, what in (("run", "execute a notebook with checked parameters"), ("script", "the same, without Jupyter")):
         command = commands.add_parser(name, help=what)
-        command.add_argument("notebook")
+        command.add_argument("notebook", help="its number, such as 11, or its path")
         if name == "run":
-            command.add_argument("out")
+            command.add_argument("out", nargs="?", help="the executed copy; default: executed/[<scale>/]<its name>")
+            command.add_argument("--publish", action="store_true", help="write it to paper/ too, as it is committed")
         command.add_argument(
-            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter, VALUE as YAML"
+            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="VALUE as YAML"
         )
         command.add_argument(
             "-s",
@@ -203,29 +217,29 @@ def main(arguments: list[str] | None = None) -> int:
             help="all parameters of a section, such as study.table1; then none may be missing",
         )
         command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
-    command = commands.add_parser("export", help="write each notebook's code to a .py file")
-    command.add_argument("notebooks")
-    command.add_argument("build")
-    command = commands.add_parser("strip", help="remove outputs from notebooks in place")
-    command.add_argument("notebooks", nargs="+")
+    commands.add_parser("list", help="the notebooks: what they make and cost")
+    commands.add_parser("export", help="write each notebook's code, and the library's below it, to build/nbsrc")
     command = commands.add_parser("report", help="print the cost of each stage and where the results are")
     command.add_argument("--params", default="params.yaml", help="the parameter file that names the scale")
     options = parser.parse_args(arguments)
     try:
         if options.command in ("run", "script"):
-            parameters: dict[str, Any] = {}
+            notebook, parameters = find(options.notebook), {}
             for name in options.s:
                 parameters |= section(yaml.safe_load(Path(options.params).read_text()), name)
             parameters |= {name: yaml.safe_load(value) for name, value in options.p}
-            out = (options.out,) if options.command == "run" else ()
-            (run if out else script)(options.notebook, *out, parameters, complete=bool(options.s))
+            if options.command == "script":
+                script(notebook, parameters, complete=bool(options.s))
+                return 0
+            out = run(notebook, options.out, parameters, complete=bool(options.s))
+            if options.publish:
+                publish(out)
+        elif options.command == "list":
+            print(listing())
         elif options.command == "export":
-            export(options.notebooks, options.build)
-        elif options.command == "report":
-            print(report(yaml.safe_load(Path(options.params).read_text())["scale"]))
+            export()
         else:
-            for path in options.notebooks:
-                print(f"{'stripped' if strip(path) else 'clean   '} {path}")
+            print(report(yaml.safe_load(Path(options.params).read_text())["scale"]))
     except (NotebookError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,8 +1,10 @@
 """Trainings as a job array: the parameters are the pipeline's, and a real SLURM runs, requeues and collects them."""
 
+import contextlib
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import yaml
 
 from cryo_lib.networks.runs import expand
 from cryo_lib.paper import cluster, notebooks
-from cryo_lib.paper.experiments import read_scale
+from cryo_lib.paper.experiments import GRID, grid, read_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
@@ -22,34 +24,33 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
 def test_every_training_is_one_task_and_has_the_parameters_that_its_stage_passes(path):
-    """Read off the command in dvc.yaml, merged as the runner merges them; only the study's lists are those of one run."""
+    """Read off the command in dvc.yaml, merged as the runner merges them; only the lists are those of one run."""
     params = read_scale(path)
     everything = cluster.tasks(params)
-    assert everything == [(name, run) for name, study in params["study"].items() for run in expand(study)]
-    stage_of = {"studies": "train", "supplement_studies": "train_supplement", "particle_studies": "train_particles"}
+    assert everything == [(name, run) for name, study in params["study"].items() for run in grid(study)]
     for name, run in everything:
-        (stage,) = [stage for key, stage in stage_of.items() if name in params[key]]
-        words, expected = (
-            STAGES[stage]["cmd"].replace("${item.study}", name).replace("${item.scale}", params["scale"]).split(),
-            {},
-        )
+        stage = "train_particles" if name in params["particle_studies"] else "train"
+        command = STAGES[stage]["cmd"].replace("${item.study}", name).replace("${item.scale}", params["scale"])
+        words, expected = command.split(), {}
         for word, value in zip(words, words[1:]):
             if word == "-s":
                 expected |= notebooks.section(params, value)
         expected |= {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
+        assert cluster.parameters(params, name) == expected
         given = cluster.parameters(params, name, run)
         own = {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
         own["variants"] = {k: v for k, v in expected["variants"].items() if k == run.variant}
         assert given == expected | own
-        assert expand({key: given[key] for key in ("methods", "experiments", "seeds", "variants")}) == [run]
+        assert expand({key: given[key] for key in GRID}) == [run]
 
 
 def test_the_data_of_studies_are_those_of_their_stages():
     params = read_scale(ROOT / "scales" / "ci.yaml")
-    assert cluster.data_stages(params, []) == ["projections", "pairs"]
-    assert cluster.data_stages(params, ["table1", "harder"]) == ["projections"] and cluster.data_stages(
-        params, ["figure4"]
-    ) == ["pairs"]
+    made_by = {name: cluster.made_by(params, name) for name in params["study"]}
+    assert made_by["table1"] == made_by["harder"] == "projections" and made_by["figure4"] == "pairs"
+    for name, stage in made_by.items():
+        (out,) = [out for out in STAGES[stage]["outs"] if isinstance(out, str)]
+        assert out.replace("${item.scale}", "ci") == cluster.folders(params, name)[0].as_posix()
 
 
 def test_indices_are_written_as_slurm_reads_them():
@@ -77,8 +78,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldLogFile={folder}/slurmctld.log
@@ -95,6 +96,14 @@ def run(command: str, **options) -> str:
     return done.stdout.strip()
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
 def wait_for(condition, seconds: float, what: str):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -105,7 +114,7 @@ def wait_for(condition, seconds: float, what: str):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """A SLURM of one node, this machine: munged, slurmctld and slurmd of a configuration of its own; the environment for it."""
+    """A SLURM of one node, this machine, by a configuration of its own; the environment for it."""
     if missing := [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(name) is None]:
         pytest.skip(f"SLURM is not installed: no {', '.join(missing)} (Debian packages slurm-wlm and munge)")
     if os.geteuid():
@@ -114,7 +123,9 @@ def slurm(tmp_path_factory):
     host = run("hostname -s")
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    (folder / "slurm.conf").write_text(SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count()))
+    (folder / "slurm.conf").write_text(
+        SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), ports=free_ports(2))
+    )
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     started = subprocess.run(["pgrep", "-x", "munged"], capture_output=True).returncode
     if started:
@@ -144,7 +155,7 @@ def slurm(tmp_path_factory):
 
 
 def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path):
-    """Submitted by cluster/submit.sh; one task is requeued in the middle of its training; DVC then has nothing to run."""
+    """Submitted by cluster/submit.sh; one task is requeued in the middle of its training; DVC has nothing to run."""
     for name in ("cryo_lib", "notebooks", "cluster"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
@@ -152,9 +163,7 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     for name in ("dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, tmp_path / name)
     params = (ROOT / "scales" / "ci.yaml").read_text()
-    head, train = params.split("\ntrain:", 1)
-    params = f"{head}\ntrain:{train.replace('epochs: 1', 'epochs: 60', 1)}"  # long enough to be interrupted
-    (tmp_path / "params.yaml").write_text(params)
+    (tmp_path / "params.yaml").write_text(params.replace("epochs: 1", "epochs: 60", 1))  # long enough to interrupt
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").write_text((ROOT / ".dvc" / "config").read_text() + "    no_scm = true\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -179,18 +188,18 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
         for path in tmp_path.glob("runs/ci/table1/**/generator.json")
     )
     assert made == sorted(
-        run.folder.as_posix() for run in expand(read_scale(tmp_path / "params.yaml")["study"]["table1"])
+        run.folder.as_posix() for run in grid(read_scale(tmp_path / "params.yaml")["study"]["table1"])
     )
     assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), logs[
         f"collect-{collection}.out"
     ]
 
-    assert run("python -m cryo_lib.paper.cluster stages table1", **here) == "train@ci-table1"
+    assert run("python -m cryo_lib.paper.cluster collect table1", **here) == "train@ci-table1"
     stray = tmp_path / "runs/ci/table1/l1_ae/awgn-0.1-none/seed9/generator.safetensors"
     stray.parent.mkdir()
     stray.touch()
     refused = subprocess.run(
-        "python -m cryo_lib.paper.cluster stages table1", shell=True, capture_output=True, text=True, **here
+        "python -m cryo_lib.paper.cluster collect table1", shell=True, capture_output=True, text=True, **here
     )
     assert (
         refused.returncode == 1
@@ -200,30 +209,18 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     lost = next(tmp_path.glob("runs/ci/table1/**/generator.safetensors"))
     lost.unlink()
     refused = subprocess.run(
-        "python -m cryo_lib.paper.cluster stages table1", shell=True, capture_output=True, text=True, **here
+        "python -m cryo_lib.paper.cluster collect table1", shell=True, capture_output=True, text=True, **here
     )
     assert refused.returncode == 1 and "1 of 4 trainings are not finished: " in refused.stderr
 
 
 ABSENT = (
-    "dvc",
-    "papermill",
-    "IPython",
-    "ipykernel",
-    "nbclient",
-    "jupyterlab",
-    "mrcfile",
-    "starfile",
-    "skimage",
-    "sklearn",
-    "aspire",
-    "bm3d",
-    "dictlearn",
+    "dvc papermill IPython ipykernel nbclient nbconvert jupyterlab mrcfile starfile skimage sklearn aspire bm3d".split()
 )
 
 
 def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path):
-    """No DVC, Jupyter, papermill and so on: the data are made, then trainings in the order asked for; what is finished stays."""
+    """No DVC, Jupyter, papermill: the data are made, then trainings in the order asked for; what is finished stays."""
     for name in ("cryo_lib", "notebooks", "cluster"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
@@ -236,7 +233,7 @@ def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path)
     )
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'build/wheels/site'}", "CUDA_VISIBLE_DEVICES": ""}
-    make = f"{sys.executable} -m cryo_lib.paper.notebooks script notebooks/00_prepare_structures.ipynb -p scale ci -s structure"
+    make = f"{sys.executable} -m cryo_lib.paper.notebooks script 00 -p scale ci -s structure"
     run(make, cwd=tmp_path, env=environment)
     printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
     (left,) = [int(line.split()[0]) for line in printed.splitlines() if "trainings left: call again" in line]

@@ -2,18 +2,17 @@
 
 import json
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cryo_lib.networks import models, runs
-from cryo_lib.networks.losses import METHODS
+from cryo_lib.networks import models
+from cryo_lib.networks.losses import Method
 from cryo_lib.networks.runs import Run, expand
-from cryo_lib.paper import cluster, experiments
-from cryo_lib.paper.experiments import read_scale
-from cryo_lib.stacks.dataset import Dataset, Experiment
+from cryo_lib.paper import experiments
+from cryo_lib.paper.experiments import grid, read_scale, settings_of
+from cryo_lib.stacks.dataset import SPLITS, Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
@@ -45,13 +44,13 @@ def test_a_bad_experiment_is_named(text, message):
 
 def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_data_seeds(tmp_path):
     x = np.random.default_rng(0).random((6, 16, 16), dtype=np.float32)
-    for split in experiments.SPLITS:
+    for split in SPLITS:
         np.save(tmp_path / f"x_{split}.npy", x)
     data, awgn = Dataset(tmp_path), Experiment.parse("awgn-0.1-none")
     noises = []
     for seed in (0, 1):
         (tmp_path / "card.json").write_text(json.dumps({"seed": seed}))
-        noises += [data.pairs(split, awgn)[1] for split in experiments.SPLITS]
+        noises += [data.pairs(split, awgn)[1] for split in SPLITS]
         np.testing.assert_array_equal(data.pairs("train", awgn)[1], noises[3 * seed])
     assert len({noise.tobytes() for noise in noises}) == 6
     clipped = data.pairs("train", Experiment.parse("clipped-0.1-none"))[1]
@@ -60,7 +59,7 @@ def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_dat
 
 def test_the_halves_of_the_training_pairs_are_disjoint_and_together_all_of_them(tmp_path):
     x = np.random.default_rng(0).random((7, 16, 16), dtype=np.float32)
-    for split in experiments.SPLITS:
+    for split in SPLITS:
         np.save(tmp_path / f"x_{split}.npy", x)
     (tmp_path / "card.json").write_text(json.dumps({"seed": 0}))
     data = Dataset(tmp_path)
@@ -108,21 +107,26 @@ def test_a_variant_is_an_axis_and_a_folder_of_its_own():
 
 @pytest.mark.parametrize("path", SCALES, ids=lambda p: p.stem)
 def test_every_scale_parses_and_its_training_settings_are_valid(path):
-    """Those of every variant too."""
+    """Those of every study and variant too."""
     params = read_scale(path)
-    settings = runs.Settings(**params["train"])
-    for study in params["study"].values():
-        for changes in study["variants"].values():
-            replace(settings, **changes)
     assert params["scale"] == path.stem
+    (run,) = [run for run in grid(params["study"]["progressive"]) if run.seed == 0]
+    assert settings_of(params, "progressive", run).architecture == "pggan"
+
+
+def test_a_variant_changes_its_study_and_a_study_its_scale():
+    params = read_scale(ROOT / "scales" / "laptop.yaml")
+    params["train"]["settings"] |= {"lam": 1.0, "mu": 1.0, "width": 4}
+    params["study"]["table1"] |= {"changes": {"lam": 2.0, "mu": 2.0}, "variants": {"v": {"lam": 3.0}}}
+    settings = settings_of(params, "table1", grid(params["study"]["table1"])[0])
+    assert (settings.lam, settings.mu, settings.width) == (3.0, 2.0, 4)
 
 
 def test_the_paper_scale_holds_the_whole_supplement():
     study = read_scale(ROOT / "scales" / "paper.yaml")["study"]
-    pairs = {(m.alpha, m.beta) for m in METHODS.values() if m.adversary == "beta"}
-    assert pairs == {(1, 1), (0.5, 0.5), (0, 0), (-0.5, -0.5), (-1, -1), (1, -1), (0.5, -0.5), (0.1, -0.1)}
-    new = {name for name, m in METHODS.items() if m.adversary == "beta"} - {"js_l1", "beta_1_1_l1", "beta_05_05_l1"}
-    assert set(study["scores"]["methods"]) == set(study["scores_contaminated"]["methods"]) == new
+    new = [Method.parse(name) for name in study["scores"]["methods"]]
+    assert {(m.alpha, m.beta) for m in new} == {(-0.5, -0.5), (-1, -1), (1, -1), (0.5, -0.5), (0.1, -0.1)}
+    assert set(study["scores_contaminated"]["methods"]) == set(study["scores"]["methods"])
     weights = [0.1, 1, 5, 10, 50, 100, 500, 10000]
     for suffix, more in (("scripts", [0]), ("printed", [])):
         assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == more + weights
@@ -169,9 +173,10 @@ def test_the_paper_scale_holds_the_papers_numbers():
         "mu": 10,
         "decay": 0,
     }
-    assert params["train"] | paper == params["train"]
+    settings = settings_of(params, "table1", grid(params["study"]["table1"])[0])
+    assert {name: getattr(settings, name) for name in paper} == paper
     methods = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
-    runs = {name: expand(params["study"][name]) for name in params["studies"]}
+    runs = {name: grid(params["study"][name]) for name in params["studies"]}
     assert Counter(r.experiment for r in runs["table1"]) == {"awgn-0.1-none": 18, "awgn-0.05-none": 18}
     assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
     robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
@@ -187,10 +192,13 @@ def test_the_network_to_be_shipped_fits_git_and_is_shown_its_own_pairs(path):
     params = read_scale(path)
     weights = params["weights"]
     run = Run(weights["weights_method"], weights["weights_experiment"], 0)
-    given = cluster.parameters(params, weights["weights_study"], run)
-    assert given["dataset"] == weights["weights_dataset"]
-    size = params["pairs" if given["dataset"] == "ribosome" else "data"]["image_size"]
-    count = models.parameter_count(models.GENERATORS[given["architecture"]](size, given["width"]))
+    dataset, settings = (
+        params["study"][weights["weights_study"]]["dataset"],
+        settings_of(params, weights["weights_study"], run),
+    )
+    assert dataset == weights["weights_dataset"]
+    size = params["pairs" if dataset == "ribosome" else "data"]["image_size"]
+    count = models.parameter_count(models.GENERATORS[settings.architecture](size, settings.width))
     assert 2 * count < 0.95e6 * weights["weights_limit"] < 10e6
 
 
@@ -203,10 +211,14 @@ def test_bad_parameter_files_are_named(tmp_path):
         read_scale(path)
     laptop = (ROOT / "scales" / "laptop.yaml").read_text()
     for old, new, message in [
-        ("js_l1", "unet", "params.yaml: method: expected one of l2_ae, .* got 'unet'"),
+        ("js_l1", "unet", "params.yaml: method: expected .* got 'unet'"),
+        ("{width: 8,", "{widht: 8,", "params.yaml: .*widht"),
+        ("{lam: 50.0}", "{lam: many}", "params.yaml: .*lam.*many"),
+        ("dataset: ribosome", "dataset: rnap", "study figure4: expected the dataset ribosome, got 'rnap'"),
+        ("units,\n  harder]", "units,\n  hard]", "supplement_studies: expected some of studies, got hard"),
         ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
         ("studies: [table1,", "studies: [", "expected the entries of study"),
-        ("harder]", "harder, more]", "expected the entries of study"),
+        ("progressive, units, harder]", "progressive, units]", "expected the entries of study"),
         (
             "      conv: {",
             "      seed7: {",
@@ -241,15 +253,15 @@ def test_bad_parameter_files_are_named(tmp_path):
         path.write_text(laptop.replace(old, new))
         with pytest.raises(ValueError, match=message):
             read_scale(path)
-    with pytest.raises(ValueError, match="expected the keys methods, experiments, seeds and variants, got methods"):
-        expand({"methods": []})
+    with pytest.raises(ValueError, match="expected the keys dataset, changes, methods, .*, got methods"):
+        grid({"methods": []})
 
 
-def test_the_readme_counts_the_runs_of_each_scale():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+def test_the_documentation_counts_the_runs_of_each_scale():
+    lines = (ROOT / "docs/scales.md").read_text(encoding="utf-8").splitlines()
     for path in SCALES:
         params = read_scale(path)
-        runs = sum(len(expand(study)) for study in params["study"].values())
+        runs = sum(len(grid(study)) for study in params["study"].values())
         (row,) = [line for line in lines if line.startswith(f"| `{path.stem}` |")]
         assert (
             f"{runs} runs" in row
@@ -311,7 +323,7 @@ def test_missing_runs_are_counted_and_the_first_is_named(tmp_path):
     ):
         experiments.expected_runs(params, params["particle_studies"], tmp_path)
     for name in params["particle_studies"]:
-        for run in expand(params["study"][name]):
+        for run in grid(params["study"][name]):
             folder = tmp_path / name / run.folder
             folder.mkdir(parents=True)
             (folder / "generator.safetensors").touch()

@@ -93,18 +93,31 @@ def test_a_notebook_that_is_not_there_is_named(tmp_path):
         notebooks.run(tmp_path / "b.ipynb", tmp_path / "out.ipynb", {})
 
 
-def test_export_holds_code_only_and_strip_removes_outputs(notebook):
+def test_export_holds_code_only_and_that_of_the_library_below_it(notebook):
     (exported,) = notebooks.export(notebook.parent, notebook.parent / "build")
     before = exported.read_text()
-    assert "print('n is', n)" in before and "A notebook" not in before
-    executed = notebooks.run(notebook, notebook.parent / "out.ipynb", {})
-    assert notebooks.strip(executed) and not notebooks.strip(executed)
-    assert all(not c.get("outputs") for c in nbformat.read(executed, as_version=4).cells)
+    assert "print('n is', n)" in before and "A notebook" not in before and "a number" not in before
+
+
+def test_a_notebook_is_found_by_its_number_and_its_copy_has_the_scale(notebook, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert notebooks.find("20") == Path("notebooks/20_make_table1.ipynb")
+    assert notebooks.executed(notebooks.find("20"), {"scale": "ci"}) == Path("executed/ci/20_make_table1.ipynb")
+    assert notebooks.executed(notebook, {}) == Path("executed/a.ipynb")
+    with pytest.raises(NotebookError, match="expected one notebooks/99_.*, found 0; there are 00_prepare_structures, "):
+        notebooks.find("99")
+
+
+def test_the_list_tells_of_every_notebook_what_it_makes_and_costs():
+    text = notebooks.listing(ROOT / "notebooks")
+    for path in COMMITTED:
+        assert f"{path.stem[:2]} · " in text
+    assert text.count("     makes ") == text.count("     costs ") == len(COMMITTED)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.stem)
 def test_a_committed_notebook_keeps_the_house_rules(path, tmp_path):
-    """No outputs; prose first; parameters, then the root; no `def`; at most 15 code cells of 20 lines; a comment each."""
+    """No outputs; prose first; parameters with comments, then the root; no `def`; at most 15 code cells of 20 lines."""
     copy = tmp_path / path.name
     copy.write_text(path.read_text())
     assert not notebooks.strip(copy), (

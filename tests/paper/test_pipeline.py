@@ -1,6 +1,5 @@
-"""The pipeline is whole: dependencies declared, parameters one and the same, and a ci-scale run from nothing to figures."""
+"""The pipeline is whole: dependencies, parameters one and the same, and a ci-scale run from nothing to figures."""
 
-import ast
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from cryo_lib.denoisers import apply
 from cryo_lib.evaluate import reconstruction
 from cryo_lib.networks import models
-from cryo_lib.paper import notebooks
+from cryo_lib.paper import book, notebooks
 from cryo_lib.paper.experiments import read_scale
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks import particles
@@ -28,77 +27,65 @@ from cryo_lib.stacks.dataset import SPLITS, Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-RUNS = {name: stage for name, stage in STAGES.items() if "notebooks run" in stage["cmd"]}
+RUNS = {name: stage for name, stage in STAGES.items() if stage["cmd"].startswith("cryo run")}
+IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
 needs_relion = pytest.mark.skipif(
     shutil.which("relion_refine_mpi") is None, reason="RELION is not installed (Debian package `relion`)"
 )
-EXEMPT = {"notebooks"}  # moves to the root and runs notebooks; what it does is not in any result
-
-
-def imported(source: str) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "cryo_lib":
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cryo_lib."):
-            found.add(node.module.split(".")[1])
-    return found
-
-
-def modules_below(source: str) -> set[str]:
-    found, todo = set(), imported(source) - EXEMPT
-    while todo:
-        module = todo.pop()
-        found.add(module)
-        todo |= imported((ROOT / "cryo_lib" / f"{module}.py").read_text()) - found
-    return found
 
 
 def notebook_of(stage: dict) -> Path:
-    return ROOT / next(word for word in stage["cmd"].split() if word.endswith(".ipynb"))
-
-
-def code_of(path: Path) -> str:
-    return "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    return notebooks.find(stage["cmd"].split()[2], ROOT / "notebooks")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stage_depends_on_every_module_its_notebook_imports(name):
-    declared = {Path(dep).stem for dep in RUNS[name]["deps"] if dep.startswith("cryo_lib/") and dep.endswith(".py")}
-    assert declared == modules_below(code_of(notebook_of(RUNS[name])))
-    assert f"build/nbsrc/{notebook_of(RUNS[name]).stem}.py" in RUNS[name]["deps"]
+def test_a_stage_has_one_dependency_on_code_and_the_name_of_its_notebook(name):
+    """Code is its notebook's closure; the name is a word of the notebook's, or all of them."""
+    code = [dep for dep in RUNS[name]["deps"] if dep.startswith(("build/", "cryo_lib/")) and not dep.endswith(".npz")]
+    stem = notebook_of(RUNS[name]).stem
+    assert code == [f"build/nbsrc/{stem}.py"]
+    verb, _, thing = stem[3:].partition("_")
+    assert name.removesuffix("_particles" if verb == "train" else "") in (verb, thing, stem[3:])
 
 
-def test_every_notebook_has_one_stage_and_training_three():
-    """One for each data set, and one for the supplement."""
+def test_every_notebook_has_one_stage_and_training_two():
+    """One for each data set."""
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     training = ROOT / "notebooks" / "03_train_networks.ipynb"
-    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training, training])
+    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training])
 
 
-@pytest.mark.parametrize(
-    "name, studies",
-    [
-        ("evaluate", ["studies"]),
-        ("evaluate_supplement", ["supplement_studies"]),
-        ("evaluate_particles", ["particle_studies"]),
-    ],
-)
-def test_an_evaluation_depends_on_every_study_it_evaluates(name, studies):
+def test_the_pipeline_is_short():
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_notebooks_that_show_results_are_published(name):
+    published = [out for out in RUNS[name]["outs"] if isinstance(out, dict) and next(iter(out)).startswith("paper/")]
+    stem = notebook_of(RUNS[name]).stem
+    assert len(published) == ("--publish" in RUNS[name]["cmd"]) == book.shows_results(stem)
+    assert all(Path(next(iter(out))).name.startswith(stem) for out in published)
+
+
+def test_an_evaluation_depends_on_every_study_it_evaluates():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    assert {f"runs/${{item.scale}}/{study}" for key in studies for study in params[key]} <= set(STAGES[name]["deps"])
+    papers = [name for name in params["studies"] if name not in params["supplement_studies"]]
+    wanted = {"evaluate": papers, "evaluate_supplement": params["supplement_studies"]}
+    for name, studies in (wanted | {"evaluate_particles": params["particle_studies"]}).items():
+        assert {f"runs/${{item.scale}}/{study}" for study in studies} <= set(STAGES[name]["deps"])
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_parameters_are_the_same_in_notebook_command_and_file(name):
-    """What the command passes is what the notebook declares, all of it, and laptop values are the notebook's defaults."""
+    """What the command passes is what the notebook declares, all of it; laptop values are the notebook's defaults."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     words, given = RUNS[name]["cmd"].split(), {}
     for word, value in zip(words, words[1:]):
         if word == "-s":
-            study = {"train_particles": "figure4", "train_supplement": "scores"}.get(name, "table1")
-            value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
-            given |= notebooks.section(params, value)
+            study = "figure4" if name == "train_particles" else "table1"
+            given |= notebooks.section(
+                params, value.replace("${item.study}", study).replace("${item.network}", "figure4")
+            )
         elif word == "-p":
             given[value] = None
     known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
@@ -106,9 +93,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     if int(notebook_of(RUNS[name]).name[:2]) >= 20:  # tables and figures: what they show is a default of the notebook's
         return
     assert set(given) == set(known)
-    differing = {k for k, v in given.items() if v is not None and v != known[k]} - {"methods", "experiments", "seeds"}
-    if name == "train_particles":
-        differing -= set(params["particle_train"])
+    lists = {"methods", "experiments", "seeds", "dataset", "changes"}  # a reader's own training is a small one
+    differing = {k for k, v in given.items() if v is not None and v != known[k]} - lists
     if name == "denoise":
         differing -= {
             "checkpoint"
@@ -123,55 +109,45 @@ def test_a_stage_tracks_the_sections_it_reads():
         assert sections <= set(stage.get("params", [])), name
 
 
-def test_module_imports_flow_one_way():
-    """No cycle: the library's modules can be laid in a line."""
-    edges = {p.stem: imported(p.read_text()) for p in (ROOT / "cryo_lib").glob("*.py") if p.stem != "__init__"}
-    while edges:
-        free = [m for m, needs in edges.items() if not needs & set(edges)]
-        assert free, f"an import cycle among {sorted(edges)}"
-        for module in free:
-            del edges[module]
-
-
 @pytest.fixture(scope="session")
 def ci_run(tmp_path_factory):
     """A copy of the sources at the ci scale, after one `dvc repro` from nothing."""
     folder = tmp_path_factory.mktemp("ci")
-    for name in ("cryo_lib", "notebooks", "scales", ".dvc/config"):
-        source, target = ROOT / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        else:
-            shutil.copy(source, target)
-    for name in ("dvc.yaml", ".dvcignore", "README.md"):
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("cryo_lib", "notebooks", "scales", "results/preprint"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "results" / "preprint", folder / "results" / "preprint")
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     shutil.copy(ROOT / "scales" / "ci.yaml", folder / "params.yaml")
-    with (folder / ".dvc" / "config").open("a") as config:
-        config.write("    no_scm = true\n")
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "The sources"]):
+        subprocess.run(["git", *IDENTITY, *words], cwd=folder, check=True)
     done = repro(folder)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return folder
 
 
-def run_notebook(folder: Path, name: str, *arguments: str, scale: bool = True) -> subprocess.CompletedProcess:
+def run_notebook(folder: Path, number: str, *arguments: str, scale: bool = True) -> subprocess.CompletedProcess:
     """Run a notebook of a copy of the repository, at the ci scale where it has one."""
-    command = ["run", f"notebooks/{name}.ipynb", "out.ipynb", *(["-p", "scale", "ci"] if scale else []), *arguments]
-    return subprocess.run(
-        [sys.executable, "-m", "cryo_lib.paper.notebooks", *command],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-    )
+    command = ["run", number, "out.ipynb", *(["-p", "scale", "ci"] if scale else []), *arguments]
+    return in_folder(folder, "-m", "cryo_lib.paper.notebooks", *command)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
+
+
+def in_folder(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python in a copy of the repository."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
 
 
 def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
     return subprocess.run(
-        ["dvc", "repro", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
+        ["dvc", "repro", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=900
     )
 
 
@@ -179,8 +155,8 @@ def test_the_ci_scale_makes_every_output(ci_run):
     for stage in STAGES.values():
         for out in stage["outs"]:
             path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
-            listed = stage.get("matrix", {}).get("study", "${studies}").strip("${}")
-            for study in read_scale(ci_run / "params.yaml")[listed]:
+            params = read_scale(ci_run / "params.yaml")
+            for study in params[stage.get("matrix", {}).get("study", "${studies}").strip("${}")]:
                 for network in ("figure4", "halves"):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     made = made.replace("${weights.weights_method}", "beta_05_05_l1")
@@ -194,18 +170,57 @@ def test_a_second_run_is_up_to_date(ci_run):
     assert "Data and pipelines are up to date" in done.stdout
 
 
-def test_prose_and_saved_outputs_rerun_only_the_export(ci_run):
-    path = ci_run / "notebooks" / "03_train_networks.ipynb"
-    before = path.read_text()
-    executed = next((ci_run / "executed/ci").glob("03_*.ipynb"))
+def stages_run(done: subprocess.CompletedProcess) -> set[str]:
+    return {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
+
+
+def test_what_changes_no_code_reruns_only_the_export(ci_run):
+    """Prose, saved outputs, docstrings and comments; the trainings stay finished."""
+    path, module = ci_run / "notebooks" / "03_train_networks.ipynb", ci_run / "cryo_lib" / "networks" / "losses.py"
+    before, code = path.read_text(), module.read_text()
     saved = nbformat.read(path, as_version=4)
+    executed = next((ci_run / "executed/ci").glob("03_*.ipynb"))
     saved.cells[0].source += "\n\nMore prose."
     saved.cells[-1].outputs = nbformat.read(executed, as_version=4).cells[-1].outputs
     nbformat.write(saved, path)
+    module.write_text(code.replace('"""', '"""A word more. ', 1) + "\n# A comment\n")
     done = repro(ci_run)
-    path.write_text(before)
-    assert [line for line in done.stdout.splitlines() if line.startswith("Running stage")] == ["Running stage 'nbsrc':"]
+    missing = in_folder(ci_run, "-m", "cryo_lib.paper.cluster", "missing")
+    path.write_text(before), module.write_text(code)
+    assert stages_run(done) == {"nbsrc"} and done.returncode == 0
+    assert missing.returncode == 0 and missing.stdout.strip() == ""
     assert repro(ci_run).returncode == 0
+
+
+def test_a_change_of_code_below_a_stage_reruns_it_and_disowns_its_runs(ci_run, tmp_path):
+    """What trainings are made of is changed: all trainings would run again, and what comes before them would not."""
+    folder = tmp_path / "changed"
+    shutil.copytree(ci_run, folder, symlinks=True, ignore=shutil.ignore_patterns("executed", "denoised*", "maps"))
+    module = folder / "cryo_lib" / "networks" / "losses.py"
+    module.write_text(module.read_text() + "\nMORE = 1\n")
+    assert repro(folder, "nbsrc").returncode == 0
+    status = subprocess.run(
+        ["dvc", "status", "--json"], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    changed = set(json.loads(status.stdout))
+    assert {"train@ci-table1", "train_particles@ci-figure4"} <= changed
+    assert not {"structures@ci", "projections@ci", "baselines@ci", "pairs@ci", "figure5@ci"} & changed
+    assert in_folder(folder, "-m", "cryo_lib.paper.cluster", "missing").stdout.strip() == "0-32"
+
+
+def test_a_rerun_with_the_same_result_leaves_a_clean_tree(ci_run, tmp_path):
+    """A clone in which everything is made again has nothing to commit: neither dvc.lock nor any file in git."""
+    subprocess.run(["git", *IDENTITY, "add", "--all"], cwd=ci_run, check=True)
+    subprocess.run(
+        ["git", *IDENTITY, "commit", "--quiet", "--allow-empty", "--message", "Results"], cwd=ci_run, check=True
+    )
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ci_run, clone], check=True)
+    done = repro(clone)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert len(stages_run(done)) > 30
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
+    assert changed.stdout == ""
 
 
 def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
@@ -226,12 +241,12 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp"))
     lost = next((folder / "runs/ci/table1").rglob("generator.safetensors"))
     lost.unlink()
-    done = run_notebook(folder, "04_evaluate_methods")
+    done = run_notebook(folder, "04")
     assert done.returncode == 1 and "1 of 16 runs are missing, the first runs/ci/table1" in done.stderr
 
 
 def test_exported_stacks_are_new_images_with_their_poses(ci_run):
-    """Clean images are the projections at the star file's poses; denoised ones keep every row; halves have two networks."""
+    """Clean images are the projections at their poses; denoised ones keep every row; halves have two networks."""
     dataset = Dataset(ci_run / "data/ci/rnap")
     folder, volumes = ci_run / "denoised/ci", dataset.volumes
     names = ["clean", "noisy", "table1/beta_05_05_l1/awgn-0.1-none", "halves/beta_05_05_l1/awgn-0.1-none"]
@@ -291,7 +306,7 @@ def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_bo
 
 
 def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run, tmp_path):
-    """A second seed of a better card is taken, whatever its weights do; what 16 bits do not hold, or git should not, is refused."""
+    """A second seed of a better card is taken; what 16 bits do not hold, or git should not, is refused."""
     folder = tmp_path / "shipped"
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "executed", "denoised*", "maps"))
     params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -305,7 +320,7 @@ def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run,
     model.get_parameter(first).data.mul_(1.5)
     card["validation"]["psnr"] += 1
     models.save(path, model, card)
-    done = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    done = run_notebook(folder, "15", "-s", "weights")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     shipped = folder / "weights/ci/beta_05_05_l1.safetensors"
     stored, made = load_file(shipped), json.loads(shipped.with_suffix(".json").read_text())
@@ -314,16 +329,16 @@ def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run,
         assert stored[name].dtype == (value.half().dtype if value.is_floating_point() else value.dtype)
         assert torch.equal(stored[name], value.to(stored[name].dtype)), name
     before = shipped.read_bytes()
-    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_limit", "0.01")
+    refused = run_notebook(folder, "15", "-s", "weights", "-p", "weights_limit", "0.01")
     assert f"expected a file of at most 0.01 MB, since it lies in git, got {len(before) / 1e6:.3g} MB" in refused.stderr
     values = load_file(path)
     values[first].view(-1)[0] = 1e5
     save_file(values, path)
-    refused = run_notebook(folder, "15_ship_weights", "-s", "weights")
+    refused = run_notebook(folder, "15", "-s", "weights")
     assert (
         "expected values that 16 bits hold to one part in 2048, got 1 of" in refused.stderr and first in refused.stderr
     )
-    refused = run_notebook(folder, "15_ship_weights", "-s", "weights", "-p", "weights_dataset", "rnap")
+    refused = run_notebook(folder, "15", "-s", "weights", "-p", "weights_dataset", "rnap")
     assert "weights_dataset: expected the pairs that" in refused.stderr
     assert shipped.read_bytes() == before
 
@@ -349,7 +364,7 @@ def test_no_particle_that_trained_a_network_is_tested_or_reconstructed(ci_run):
 
 
 def test_the_reference_map_comes_back_from_its_own_projections(ci_run):
-    """72 clean particles at their star file's poses and shifts: the whole chain of frames, crops and shifts is right."""
+    """72 clean particles at their poses and shifts: the whole chain of frames, crops and shifts is right."""
     table = pd.read_csv(ci_run / "results/ci/particles/resolution.csv").set_index("stack")
     assert set(table.index) == {"clean", "noisy", "figure4/beta_05_05_l1", "halves/beta_05_05_l1"}
     assert table.loc["clean", "truth_masked 0.5"] < 20
@@ -370,44 +385,21 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     numbers = [("image_size", 32), ("pixel_size", 12.8), ("n_train", 60), ("n_val", 4), ("n_test", 4)]
     options = [word for name, value in numbers for word in ("-p", name, str(value))]
     pairs = ("-p", "dataset", "mine", "-p", "particles", "my.star", "-p", "map_file", "my.mrc", *options)
-    train = [
-        "-p",
-        "dataset",
-        "mine",
-        "-p",
-        "study",
-        "mine",
-        "-p",
-        "methods",
-        "[l1_ae]",
-        "-p",
-        "experiments",
-        "[measured-none]",
-        "-p",
-        "width",
-        "2",
-    ]
+    train = "-p dataset mine -p study mine -p methods [l1_ae] -p experiments [measured-none]".split()
+    train += ["-p", "settings", "{width: 2, epochs: 1}"]
     checkpoint = "runs/ci/mine/l1_ae/measured-none/seed0/generator.safetensors"
     denoise = ["-p", "particles", "my.star", "-p", "checkpoint", checkpoint, "-p", "out", "out/my.star"]
-    for name, arguments in (("10_pair_particles", pairs), ("03_train_networks", train)):
+    for name, arguments in (("10", pairs), ("03", train)):
         done = run_notebook(folder, name, *arguments)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    refused = run_notebook(folder, "11_denoise_particles", *denoise, scale=False)
-    assert (
-        "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px of 6.4 A; allow resize rescale"
-        in refused.stderr
-    )
-    done = run_notebook(folder, "11_denoise_particles", *denoise, "-p", "resize", "rescale", scale=False)
+    refused = run_notebook(folder, "11", *denoise, scale=False)
+    assert "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px" in refused.stderr
+    done = run_notebook(folder, "11", *denoise, "-p", "resize", "rescale", scale=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
     assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
-    shown = [
-        o
-        for c in nbformat.read(folder / "out.ipynb", as_version=4).cells
-        for o in c.get("outputs", [])
-        if "image/png" in o.get("data", {})
-    ]
-    assert len(shown) == 4
+    outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
 
 
 @needs_relion
@@ -423,7 +415,7 @@ def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
 
 @needs_relion
 def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
-    """Initial model, 3D classification, auto-refinement, post-processing, as notebook 07 runs them; then the figure has them."""
+    """Initial model, 3D classification, auto-refinement, post-processing by notebook 07; the figures have them."""
     folder = tmp_path / "relion"
     shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "runs"))
     given = yaml.safe_load((ROOT / "scales/ci.yaml").read_text())["relion"] | {
@@ -431,7 +423,7 @@ def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
         "relion_stacks": ["clean"],
     }
     (folder / "given.yaml").write_text(yaml.safe_dump({"relion": given}))
-    done = run_notebook(folder, "07_run_relion", "-s", "relion", "--params", "given.yaml")
+    done = run_notebook(folder, "07", "-s", "relion", "--params", "given.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((folder / "results/ci/relion.json").read_text())
     found = report["stacks"]["clean"]
@@ -446,5 +438,5 @@ def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
     for step in steps:
         log = (folder / f"relion/ci/clean/{step}.log").read_text()
         assert log.startswith(found["commands"][step]) and log.rstrip().endswith("[finished]")
-    for figure in ("24_draw_figure3bd", "26_draw_figure3hj"):
+    for figure in ("24", "26"):
         assert run_notebook(folder, figure).returncode == 0
