@@ -18,7 +18,7 @@ from benchmarks.worker import ROOT
 from cryo_lib import checks
 from cryo_lib.files import cores, write_json, write_text
 from cryo_lib.networks import models
-from cryo_lib.paper.tables import insert
+from cryo_lib.paper.report import insert
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {
     "steps": steps.run,
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = models.pick_device(given.device).type
     results = measure(device, given.size, given.only.split(","), given.out or FOLDERS[given.size])
     if given.size == "full" and given.out is None:
-        insert(ROOT / "README.md", f"benchmarks {device}", tables.summary(results))
+        insert(ROOT / "docs" / "speed.md", f"benchmarks {device}", tables.summary(results))
     print(f"\n{tables.report(results)}")
 
 

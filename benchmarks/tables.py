@@ -278,7 +278,7 @@ def _machine(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """What the README shows: the targets, and the ratio of each method's step, as Markdown."""
+    """What docs/speed.md shows: the targets, and the ratio of each method's step, as Markdown."""
     steps = [
         {
             "Training step": f"{METHODS[row['method']].label}; {group['configuration']['name']}",

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cryo_lib.evaluate import metrics
-from cryo_lib.files import atomic, write_text
+from cryo_lib.files import atomic
 from cryo_lib.networks.losses import METHODS
 
 METRICS = {"mse": metrics.mse, "psnr": metrics.psnr, "ssim": metrics.ssim}
@@ -165,27 +165,3 @@ def markdown(table: pd.DataFrame) -> str:
     """A table of strings as GitHub Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |\n" for row in rows)
-
-
-def insert(path: str | Path, marker: str, text: str) -> bool:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` in a text file; True where that changed it.
-
-    ValueError where the markers are missing.
-    """
-    path, opening, closing = Path(path), f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    before = path.read_text(encoding="utf-8")
-    head, found, rest = before.partition(opening)
-    _, ended, tail = rest.partition(closing)
-    if not (found and ended):
-        raise ValueError(f"{path}: expected the markers {opening} and {closing}, each once")
-    after = f"{head}{opening}\n{text}{closing}{tail}"
-    if after != before:
-        write_text(path, after)
-    return after != before
-
-
-if __name__ == "__main__":
-    for generated in sorted(Path("results").glob("*/*.md")):
-        name = f"{generated.stem} {generated.parent.name}"
-        if f"<!-- {name} -->" in Path("README.md").read_text(encoding="utf-8"):
-            insert("README.md", name, generated.read_text(encoding="utf-8"))

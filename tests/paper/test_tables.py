@@ -90,20 +90,6 @@ def test_table_beside_the_paper_has_both_and_invents_nothing(rows):
     assert table.loc["ℓ1-Autoencoder", "PSNR, ours, five checkpoints of one run"] == "21.00 ± 0.10"
 
 
-def test_insert_replaces_only_what_is_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
-    assert tables.insert(path, "t", "new\n") and not tables.insert(path, "t", "new\n")
-    assert path.read_text() == "a\n<!-- t -->\nnew\n<!-- /t -->\nb\n"
-    with pytest.raises(ValueError, match="expected the markers <!-- x --> and <!-- /x -->"):
-        tables.insert(path, "x", "")
-
-
-def test_the_readme_shows_the_committed_table():
-    table = (ROOT / "results/laptop/table1.md").read_text(encoding="utf-8")
-    assert f"<!-- table1 laptop -->\n{table}<!-- /table1 laptop -->" in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 def test_a_table_whose_words_hold_bars_keeps_its_columns():
     text = tables.markdown(pd.DataFrame({"|a - b|": ["x|y", "z"], "n": [1, 2]}))
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()]

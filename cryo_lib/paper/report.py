@@ -1,0 +1,143 @@
+"""What a scale found, for readers: RESULTS.md, and the table in the README. `python -m cryo_lib.paper.report`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import yaml
+
+from cryo_lib.files import enter_root, write_text
+from cryo_lib.paper import tables
+
+FIRST = "20"  # notebooks from this number on show results
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that runs a notebook: its name, the notebook's stem, and its paths at one scale, relative to the root."""
+
+    name: str
+    notebook: str
+    deps: tuple[str, ...]
+    outs: tuple[str, ...]
+
+    def made(self, folder: str, suffix: str) -> list[str]:
+        """Its outs of one kind: those below `folder` whose names end in `suffix`."""
+        return [out for out in self.outs if out.startswith(f"{folder}/") and out.endswith(suffix)]
+
+
+def stages(pipeline: dict[str, Any], scale: str) -> list[Stage]:
+    """The stages of a parsed dvc.yaml that run a notebook, by the notebook's number: the paper's order from 20 on."""
+    found = []
+    for name, stage in json.loads(json.dumps(pipeline["stages"]).replace("${item.scale}", scale)).items():
+        deps = tuple(stage.get("deps", []))
+        outs = tuple(next(iter(out)) if isinstance(out, dict) else out for out in stage["outs"])
+        code = [Path(dep).stem for dep in deps if dep.startswith("build/nbsrc/")]
+        found += [Stage(name, notebook, deps, outs) for notebook in code]
+    return sorted(found, key=lambda stage: stage.notebook)
+
+
+def placed(found: list[Stage]) -> dict[Stage, list[Stage]]:
+    """Each stage that shows results, and the stages before it whose tables are shown with it: the first made of them.
+
+    ValueError where a table belongs to no stage that shows results.
+    """
+    shown = {stage: [] for stage in found if stage.notebook >= FIRST}
+    for stage in found:
+        if stage.notebook < FIRST and (made := stage.made("results", ".md")):
+            home = next((later for later in shown if set(later.deps) & set(stage.outs)), None)
+            if home is None:
+                raise ValueError(
+                    f"dvc.yaml: expected a notebook from {FIRST} on made of what {stage.name} makes ({made})"
+                )
+            shown[home].append(stage)
+    return shown
+
+
+def results(scale: str) -> str:
+    """RESULTS.md: a section a notebook that shows results: its claim, figures and tables, or that they are missing."""
+    found = stages(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8")), scale)
+    copies = [path.as_posix() for path in sorted(Path("paper", scale).glob("*.ipynb")) if path.name < FIRST]
+    parts = [
+        f"# Results at the scale `{scale}`",
+        "Written by `make repro`, from `results/` and `figures/`; for scales see [docs/scales.md](docs/scales.md). "
+        "Each part links its executed notebook and begins with what the paper says; the last table weighs its claims.",
+    ]
+    parts += [_section(stage, before) for stage, before in placed(found).items()]
+    parts.append("## Executed notebooks behind these")
+    parts.append("\n".join(f"- [{Path(path).stem}]({path})" for path in copies) or _missing(f"paper/{scale}/*.ipynb"))
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(stage: Stage) -> tuple[str, str, str]:
+    """A notebook's title, a link to its executed copy or else its source, and its paragraph on the paper."""
+    source = Path("notebooks", f"{stage.notebook}.ipynb")
+    title, *paragraphs = nbformat.read(source, as_version=4).cells[0].source.split("\n\n")
+    claim = next((" ".join(text.split()) for text in paragraphs if text.startswith("**The paper")), "")
+    executed = [path for path in stage.made("paper", ".ipynb") if Path(path).is_file()]
+    return title.partition(" · ")[2], f"[Notebook {stage.notebook[:2]}]({(executed or [source.as_posix()])[0]})", claim
+
+
+def _section(stage: Stage, before: list[Stage]) -> str:
+    title, link, claim = _heading(stage)
+    parts = [f"## {title}", f"{link}, stage `{stage.name}`. {claim}".rstrip()]
+    for path in stage.made("figures", ".png"):
+        parts.append(f"![{Path(path).stem}]({path})" if Path(path).is_file() else _missing(path, stage))
+    for maker in (stage, *before):
+        if maker is not stage:
+            title, link, _ = _heading(maker)
+            parts.append(f"{link}, stage `{maker.name}`: {title}.")
+        for path in maker.made("results", ".md"):
+            found = Path(path).is_file()
+            parts.append(Path(path).read_text(encoding="utf-8").strip() if found else _missing(path, maker))
+    return "\n\n".join(parts)
+
+
+def _missing(path: str, stage: Stage | None = None) -> str:
+    return f"**Not made yet at this scale:** `{path}` (`dvc repro{f' {stage.name}' if stage else ''}`)."
+
+
+def short_table(scale: str, snr: float = 0.1) -> str:
+    """The README's Table 1, PSNR in dB at one SNR: the paper's, ours, ours on clipped noise; or that it is missing."""
+    folder = Path("results", scale)
+    if not (folder / "table1.csv").is_file():
+        return _missing(f"{folder}/table1.csv") + "\n"
+    ours, paper = pd.read_csv(folder / "table1.csv"), pd.read_csv("results/preprint/table1.csv")
+    said = (folder / "table1.md").read_text(encoding="utf-8").partition("\n")[0]
+    full = tables.beside_paper(ours, paper, pd.DataFrame(columns=["method", "experiment", "psnr"]), snr)
+    kept = full[["Method", *(f"PSNR, {words}" for words in ("paper", "ours", "ours, clipped"))]]
+    return f"SNR {snr:g}, scale `{scale}`. {said}\n\n{tables.markdown(kept)}"
+
+
+def insert(path: str | Path, marker: str, text: str) -> bool:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->` in a text file; True where that changed it.
+
+    ValueError where the markers are missing.
+    """
+    path, opening, closing = Path(path), f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before = path.read_text(encoding="utf-8")
+    head, found, rest = before.partition(opening)
+    _, ended, tail = rest.partition(closing)
+    if not (found and ended):
+        raise ValueError(f"{path}: expected the markers {opening} and {closing}, each once")
+    after = f"{head}{opening}\n{text}{closing}{tail}"
+    if after != before:
+        write_text(path, after)
+    return after != before
+
+
+def main() -> None:
+    """Write RESULTS.md and the README's table for the scale in params.yaml."""
+    enter_root()
+    scale = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["scale"]
+    write_text("RESULTS.md", results(scale))
+    insert("README.md", "table1", short_table(scale))
+
+
+if __name__ == "__main__":
+    main()

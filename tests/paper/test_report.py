@@ -1,0 +1,140 @@
+"""What readers are shown is what was computed: RESULTS.md, the README and its map, and where their links lead."""
+
+import importlib
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from cryo_lib.paper import report, tables
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*"))]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAP = [
+    [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\|.*\| `", line)
+]
+SCALE = yaml.safe_load((ROOT / "params.yaml").read_text())["scale"]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 9000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_map_has_a_row_for_every_stage_that_shows_results():
+    shown = [stage for stage in report.stages({"stages": STAGES}, SCALE) if stage.notebook >= report.FIRST]
+    links = {f"[{stage.notebook[:2]}](notebooks/{stage.notebook}.ipynb)": f"`{stage.name}`" for stage in shown}
+    assert [(row[1], row[2]) for row in MAP] == list(links.items()) and len(shown) >= 18
+
+
+@pytest.mark.parametrize("row", MAP, ids=lambda row: row[0])
+def test_every_row_of_the_map_names_what_exists(row):
+    _, notebook, stage, function = row
+    assert (ROOT / re.search(r"\((.+)\)", notebook)[1]).is_file() and stage.strip("`") in STAGES
+    module, _, name = function.strip("`").rpartition(".")
+    assert callable(getattr(importlib.import_module(f"cryo_lib.{module}"), name))
+
+
+def test_what_is_committed_is_what_would_be_written(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert report.results(SCALE) == (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"<!-- table1 -->\n{report.short_table(SCALE)}<!-- /table1 -->" in README
+
+
+def test_the_readmes_numbers_are_the_results():
+    values = pd.read_csv(ROOT / "results" / SCALE / "table1.csv").set_index(["experiment", "method"])
+    paper = pd.read_csv(ROOT / "results" / "preprint" / "table1.csv").set_index(["snr", "method"])
+    names = {label: name for name, label in tables.LABELS.items()}
+    table = README.partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) - 2 == sum(experiment == "awgn-0.1-none" for experiment, _ in values.index)
+    for label, *cells in rows[2:]:
+        sources = [(paper, 0.1), (values, "awgn-0.1-none"), (values, "clipped-0.1-none")]
+        for cell, (table, key) in zip(cells, sources, strict=True):
+            known = (key, names[label]) in table.index
+            assert cell.strip("*").split(" ")[0] == (f"{table.loc[(key, names[label]), 'psnr']:.2f}" if known else "—")
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository of two notebooks: 06 makes a table, 24 shows it with a figure; nothing of it has run."""
+    stage = {"deps": ["build/nbsrc/06_make_maps.py"], "outs": [{"results/${item.scale}/maps.md": {"cache": False}}]}
+    shows = ["figures/${item.scale}/a.png", "figures/${item.scale}/a.pdf", "paper/${item.scale}/24_draw_a.ipynb"]
+    figure = {"deps": ["build/nbsrc/24_draw_a.py", "results/${item.scale}/maps.md"], "outs": shows}
+    pipeline = {"stages": {"nbsrc": {"outs": ["build/nbsrc"]}, "a": figure, "maps": stage}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    (tmp_path / "params.yaml").write_text("scale: small\n")
+    (tmp_path / "README.md").write_text("Hello\n<!-- table1 -->\n<!-- /table1 -->\nbye\n")
+    (tmp_path / "notebooks").mkdir()
+    for name, text in (
+        ("06_make_maps", "# 06 · Maps"),
+        ("24_draw_a", "# 24 · A\n\n**Makes** a.\n\n**The paper**: 3 Å."),
+    ):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text(nbformat.writes(notebook))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fill(folder):
+    for name in ("figures/small/a.png", "paper/small/24_draw_a.ipynb", "paper/small/06_make_maps.ipynb"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "results" / "small").mkdir(parents=True)
+    (folder / "results" / "small" / "maps.md").write_text("| Å |\n| --- |\n| 8.5 |\n")
+
+
+def test_what_has_not_run_is_said(house):
+    report.main()
+    text = (house / "RESULTS.md").read_text(encoding="utf-8")
+    for path in ("figures/small/a.png", "results/small/maps.md", "paper/small/*.ipynb"):
+        assert f"**Not made yet at this scale:** `{path}`" in text
+    assert "`dvc repro maps`" in text and "`results/small/table1.csv`" in (house / "README.md").read_text()
+
+
+def test_results_hold_the_claim_the_figure_and_the_tables_and_are_written_once(house):
+    fill(house)
+    report.main()
+    text, readme = ((house / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))
+    assert "Not made yet" not in text
+    found = [
+        text.index(part)
+        for part in (
+            "## A\n\n[Notebook 24](paper/small/24_draw_a.ipynb), stage `a`. **The paper**: 3 Å.",
+            "![a](figures/small/a.png)",
+            "[Notebook 06](notebooks/06_make_maps.ipynb), stage `maps`: Maps.",
+            "| 8.5 |",
+            "- [06_make_maps](paper/small/06_make_maps.ipynb)",
+        )
+    ]
+    assert found == sorted(found)
+    report.main()
+    assert (text, readme) == tuple((house / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))
+
+
+def test_a_table_that_nothing_shows_is_refused(house):
+    pipeline = yaml.safe_load((house / "dvc.yaml").read_text())
+    pipeline["stages"]["a"]["deps"].pop()
+    (house / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    with pytest.raises(ValueError, match="made of what maps makes"):
+        report.results("small")
+
+
+def test_insert_replaces_only_what_is_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
+    assert report.insert(path, "t", "new\n") and not report.insert(path, "t", "new\n")
+    assert path.read_text() == "a\n<!-- t -->\nnew\n<!-- /t -->\nb\n"
+    with pytest.raises(ValueError, match="expected the markers <!-- x --> and <!-- /x -->"):
+        report.insert(path, "x", "")
