@@ -92,14 +92,14 @@ def _folded(cells: list[Any]) -> list[Any]:
     """The cells but those that papermill injected; where they differ their values go to the parameters' cell."""
     given = {}
     for cell in (cell for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])):
-        given |= {node.targets[0].id: node.value for node in ast.parse(cell.source).body}
+        statements = ast.parse(cell.source).body
+        given |= {node.targets[0].id: ast.get_source_segment(cell.source, node.value) for node in statements}
     for cell in (cell for cell in cells if "parameters" in cell.metadata.get("tags", [])):
         lines = cell.source.splitlines()
         for node in reversed([node for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]):
             name, comment = node.targets[0].id, lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-            value = ast.unparse(given.get(name, node.value))
-            if value != ast.unparse(node.value):
-                lines[node.lineno - 1 : node.end_lineno] = [f"{name} = {value}{comment}"]
+            if name in given and ast.unparse(ast.parse(given[name])) != ast.unparse(node.value):
+                lines[node.lineno - 1 : node.end_lineno] = [f"{name} = {given[name]}{comment}"]
         cell.source = "\n".join(lines)
     return [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
 

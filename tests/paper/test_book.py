@@ -18,7 +18,7 @@ from cryo_lib.paper.book import BookError
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted(path for path in ROOT.glob("paper/*") if path.is_dir())
 CODE = (
-    "n = 1  # a number, µ\nname = 'x'  # a name\nboth = [\n    1,\n    2,\n]  # two lines",
+    "n = 1  # a number, µ\nname = 'x'  # a name\nrate = 1.0e-3  # kept\nboth = [\n    1,\n    2,\n]  # two lines",
     "import time\nimport matplotlib.pyplot as plt\nimport pandas as pd\nfrom tqdm.auto import tqdm\n"
     "print(f'[1/2, {time.time()} s]', flush=True)\nfor _ in tqdm(range(2)):\n    pass",
     "figure, axis = plt.subplots()\naxis.plot(range(n))\naxis.legend(['$5'])",
@@ -53,7 +53,7 @@ def executions(tmp_path_factory):
     cells = [nbformat.v4.new_code_cell(source) for source in CODE]
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(notebook(*cells), folder / "source.ipynb")
-    given = {"n": 4, "name": "x", "both": [3]}
+    given = {"n": 4, "name": "y", "both": [3], "rate": 0.001}
     return [notebooks.run(folder / "source.ipynb", folder / f"{i}.ipynb", given) for i in range(2)]
 
 
@@ -67,7 +67,10 @@ def test_what_a_reader_sees_is_kept_and_what_the_machine_did_is_not(executions, 
     before, after = (nbformat.read(p, 4) for p in (executions[0], book.publish(executions[0], tmp_path / "a.ipynb")))
     nbformat.validate(after)
     parameters, setup, figure, table = after.cells[1:]
-    assert parameters.source == "n = 4  # a number, µ\nname = 'x'  # a name\nboth = [3]  # two lines"
+    assert (
+        parameters.source
+        == 'n = 4  # a number, µ\nname = "y"  # a name\nrate = 1.0e-3  # kept\nboth = [3]  # two lines'
+    )
     assert [cell.source for cell in after.cells[2:]] == list(CODE[1:])
     assert [cell.execution_count for cell in after.cells[1:]] == [1, 2, 3, 4] and table.outputs[0].execution_count == 4
     assert not setup.outputs and "<td>4</td>" in table.outputs[0].data["text/html"]
