@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sizes import KINDS, Size
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.files import write_json
 from cryo_lib.networks import runs
 from cryo_lib.simulate import density, projection, structures
@@ -43,7 +44,7 @@ def run(device: str, size: Size) -> dict[str, Any]:
             print(f"accuracy: {precision}", flush=True)
             out = data / precision
             settings = runs.Settings(**network, precision=precision, log_every=chosen["pairs"])
-            runs.run_grid(tasks, settings, data, out, data / "scratch", device)
+            runs.run_grid(tasks, settings, data, out, data / "scratch", device, scores=SCORES)
             for method in KINDS:
                 cards = [out / run.folder / "generator.json" for run in tasks if run.method == method]
                 psnr = [json.loads(card.read_text())["validation"]["psnr"] for card in cards]

@@ -31,7 +31,7 @@ def trainer(
     """Our engine with the paper's settings, at the start of a training without end."""
     settings = runs.Settings(width=width, batch_size=batch, epochs=ENDLESS, precision=precision, cuda_graph=cuda_graph)
     x, y = random_pairs(pairs, size)
-    return runs.Trainer(losses.METHODS[method], settings, lambda epoch: (x, y), 0, torch.device(device))
+    return runs.Trainer(losses.Method.parse(method), settings, lambda epoch: (x, y), 0, torch.device(device))
 
 
 def ours(device: str, batch: int, **options: Any) -> Callable[..., dict[str, Any]]:
@@ -47,7 +47,7 @@ def ours(device: str, batch: int, **options: Any) -> Callable[..., dict[str, Any
 
 def plain(device: str, method: str, size: int, width: int, batch: int, pairs: int) -> Callable[..., dict[str, Any]]:
     """The same measurement of the plain loop."""
-    chosen, chosen_method = torch.device(device), losses.METHODS[method]
+    chosen, chosen_method = torch.device(device), losses.Method.parse(method)
     torch.manual_seed(0)
     generator = models.GENERATORS["resnet"](size, width)
     discriminator = None if chosen_method.adversary == "none" else models.DISCRIMINATORS["resnet"](size, width)

@@ -30,9 +30,9 @@ class Batches:
     Parameters
     ----------
     x, y : references and noisy images, `(n, h, w)` numpy arrays; they may be memory-mapped.
-    device : where minibatches are wanted. On the CPU pairs stay as they are. On a GPU they move there once, if they take at
-        most `SHARE` of its free memory, and are then picked there; if not, processes read them ahead into pinned memory,
-        from which they are copied while the GPU computes.
+    device : where minibatches are wanted. On the CPU pairs stay as they are. On a GPU they move there once, if they
+        take at most `SHARE` of its free memory, and are then picked there; if not, processes read them ahead into
+        pinned memory, from which they are copied while the GPU computes.
     half : keep or send pairs at 16 bit (float16, which is finer than what networks with bf16 arithmetic see of them).
     resident : True or False instead of this choice.
 

@@ -1,7 +1,9 @@
-"""The objectives of the paper: (alpha, beta)-scores, the Wasserstein score, reconstruction losses, and the methods made of them."""
+"""The objectives of the paper: (alpha, beta)-scores, the Wasserstein score, reconstruction losses; methods of them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -91,7 +93,7 @@ def score_fake(logits: Tensor, alpha: float, beta: float) -> Tensor:
 
 
 def gradient_penalty(
-    discriminator: torch.nn.Module, real: Tensor, fake: Tensor, mix: Tensor, reduction: str = "mean"
+    discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, mix: Tensor, reduction: str = "mean"
 ) -> Tensor:
     """Mean over images of (||grad D(x~)||_2 - 1)^2 at x~ = mix * real + (1 - mix) * fake, Eq. (8).
 
@@ -113,24 +115,22 @@ def gradient_penalty(
 
 
 def reduce_images(values: Tensor, reduction: str) -> Tensor:
-    """`(n, ...)` elementwise values to a scalar: the `mean` or `sum` over each image's elements, then the mean over images."""
+    """`(n, ...)` values to a scalar: the `mean` or `sum` over each image's elements, then the mean over images."""
     flat = values.flatten(1)
     return (flat.mean(1) if reduction == "mean" else flat.sum(1)).mean()
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's tables: an adversary (or none) and an l_p reconstruction loss, Algorithm 1.
+    """What is minimised and maximised in Algorithm 1: an adversary (or none) and an l_p reconstruction loss.
 
     Attributes
     ----------
-    label : name in tables and figures, as printed in Table 1.
     adversary : "none", "beta" (Eq. 5) or "wgan_gp" (Eq. 8).
     p : 1 or 2, the power of the reconstruction loss |x_hat - x|^p.
     alpha, beta : of the "beta" adversary, each in [-1, 1].
     """
 
-    label: str
     adversary: str
     p: int
     alpha: float = 0.0
@@ -139,31 +139,66 @@ class Method:
     def __post_init__(self) -> None:
         checks.choice("adversary", self.adversary, ("none", "beta", "wgan_gp"))
         checks.choice("p", self.p, (1, 2))
+        for name in ("alpha", "beta"):
+            checks.number(name, getattr(self, name), low=-1, high=1)
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """The method of an id: `l2_ae`; or an adversary and a loss, `js_l1`, `wgan_gp_l1`, `beta_05_m1_l1`.
+
+        In numbers `05` is .5, `1` is 1 and `m1` is -1; `js` is `beta_0_0`. ValueError for what is no such id.
+        """
+        number = "m?[0-9]+"
+        match = re.fullmatch(rf"l([12])_ae|(js|wgan_gp|beta_({number})_({number}))_l([12])", str(name))
+        if not match:
+            forms = "l1_ae, l2_ae, js_l1, wgan_gp_l1 or beta_<alpha>_<beta>_l1 such as beta_05_m1_l1 (.5, -1)"
+            raise ValueError(f"method: expected an id such as {forms}, got {name!r}")
+        alone, adversary, *powers, beside = match.groups()
+        if alone:
+            return cls("none", int(alone))
+        if adversary == "wgan_gp":
+            return cls("wgan_gp", int(beside))
+        return cls("beta", int(beside), *(_number(power or "0") for power in powers))
 
     def real(self, logits: Tensor) -> Tensor:
-        """Elementwise score of references, which the discriminator maximises."""
+        """Elementwise score of references, which D maximises."""
         return logits if self.adversary == "wgan_gp" else score_real(logits, self.alpha, self.beta)
 
     def fake(self, logits: Tensor) -> Tensor:
-        """Elementwise score of denoised images, which the discriminator maximises and the generator minimises."""
+        """Elementwise score of denoised images, which D maximises and G minimises."""
         return -logits if self.adversary == "wgan_gp" else score_fake(logits, self.alpha, self.beta)
 
-    def reconstruction(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Elementwise |x_hat - x|^p."""
+    def discriminator_loss(
+        self,
+        discriminator: Callable[[Tensor], Tensor],
+        x: Tensor,
+        x_hat: Tensor,
+        mix: Tensor,
+        mu: float,
+        reduction: str,
+    ) -> Tensor:
+        """What D minimises: -S(D(x), 1) - S(D(x_hat), 0), for WGANgp with mu times the gradient penalty.
+
+        x, x_hat : references and denoised images, (n, 1, h, w), detached. mix : (n,), of the gradient penalty.
+        reduction : "mean" or "sum" over an image's patch scores.
+        """
+        real = reduce_images(self.real(discriminator(x)), reduction)
+        loss = -real - self.adversarial_loss(discriminator, x_hat, reduction)
+        if self.adversary != "wgan_gp":
+            return loss
+        return loss + mu * gradient_penalty(discriminator, x, x_hat, mix[:, None, None, None], reduction)
+
+    def adversarial_loss(self, discriminator: Callable[[Tensor], Tensor], x_hat: Tensor, reduction: str) -> Tensor:
+        """S(D(x_hat), 0), which D maximises and G minimises; `reduction` as of `discriminator_loss`."""
+        return reduce_images(self.fake(discriminator(x_hat)), reduction)
+
+    def reconstruction_loss(self, x_hat: Tensor, x: Tensor, reduction: str) -> Tensor:
+        """|x_hat - x|^p, `reduction` "mean" or "sum" over an image's pixels."""
         difference = x_hat - x
-        return difference.abs() if self.p == 1 else difference.square()
+        return reduce_images(difference.abs() if self.p == 1 else difference.square(), reduction)
 
 
-METHODS = {
-    "l2_ae": Method("ℓ2-Autoencoder", "none", 2),
-    "l1_ae": Method("ℓ1-Autoencoder", "none", 1),
-    "js_l1": Method("(0,0)-GAN + ℓ1", "beta", 1, 0.0, 0.0),
-    "wgan_gp_l1": Method("WGANgp + ℓ1", "wgan_gp", 1),
-    "beta_1_1_l1": Method("(1,1)-GAN + ℓ1", "beta", 1, 1.0, 1.0),
-    "beta_05_05_l1": Method("(.5,.5)-GAN + ℓ1", "beta", 1, 0.5, 0.5),
-    "beta_m05_m05_l1": Method("(−.5,−.5)-GAN + ℓ1", "beta", 1, -0.5, -0.5),
-    "beta_m1_m1_l1": Method("(−1,−1)-GAN + ℓ1", "beta", 1, -1.0, -1.0),
-    "beta_1_m1_l1": Method("(1,−1)-GAN + ℓ1", "beta", 1, 1.0, -1.0),
-    "beta_05_m05_l1": Method("(.5,−.5)-GAN + ℓ1", "beta", 1, 0.5, -0.5),
-    "beta_01_m01_l1": Method("(.1,−.1)-GAN + ℓ1", "beta", 1, 0.1, -0.1),
-}
+def _number(digits: str) -> float:
+    """What the digits of an id stand for: 05 is .5, 1 is 1, m1 is -1."""
+    sign, digits = (-1.0, digits[1:]) if digits.startswith("m") else (1.0, digits)
+    return sign * float(f"{digits[0]}.{digits[1:] or 0}")

@@ -189,7 +189,7 @@ class ResNetDiscriminator(nn.Module):
 
 
 class DeepDiscriminator(ResNetDiscriminator):
-    """The discriminator for 256 px: a fourth level of 8 times `width` channels at one resolution, two valid convolutions.
+    """The discriminator for 256 px: a fourth level of 8 times `width` channels, then two valid convolutions.
 
     `Wide` blocks, 2, 2, 3 and 2 a level: 26x26 patch scores for 256 px. 20.7 million parameters at the paper's
     width of 64, which is what fixes the blocks that the text leaves open. `image_size` a multiple of 8, at least 64.
@@ -233,9 +233,9 @@ class ConvGenerator(nn.Module):
 
 
 class ConvDiscriminator(nn.Module):
-    """The discriminator beside `ConvGenerator`: the same four levels with leaky ReLU (0.01), then a valid 4x4 convolution.
+    """The discriminator beside `ConvGenerator`: the same levels with leaky ReLU (0.01), then a valid 4x4 convolution.
 
-    5x5 patch scores for 128 px. Where the last map is smaller than 4x4 (48 px and less) the convolution covers all of it.
+    5x5 patch scores for 128 px. A last map that is smaller than 4x4 (48 px and less) is covered by the convolution.
     """
 
     def __init__(self, image_size: int, width: int = 64) -> None:
@@ -305,7 +305,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def pick_device(device: str = "auto") -> torch.device:
     """The device to compute on: "auto" takes a GPU that torch can use, else the CPU; any other name is used or refused.
 
-    Of several processes that torchrun started, each takes a GPU of its own; RuntimeError or ValueError where it cannot. A GPU that is in the machine but that torch cannot use is warned of.
+    Of several processes that torchrun started, each takes a GPU of its own; RuntimeError or ValueError where it cannot.
+    A GPU that is in the machine but that torch cannot use is warned of.
     """
     if device != "auto":
         chosen = torch.device(device)
@@ -326,12 +327,14 @@ def pick_device(device: str = "auto") -> torch.device:
             if parallel.size() > 1:
                 raise  # the others wait on a GPU for this one
             warnings.warn(
-                f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}"
+                f"A GPU is present but torch {torch.__version__} cannot run on it, so the CPU is used: {error}",
+                stacklevel=2,
             )
     elif shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
         warnings.warn(
-            f"nvidia-smi lists a GPU but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it, so the CPU is "
-            "used: install the torch build for your driver"
+            f"nvidia-smi lists a GPU but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it, so the "
+            "CPU is used: install the torch build for your driver",
+            stacklevel=2,
         )
     return torch.device("cpu")
 
@@ -384,7 +387,7 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     for needed in (path, path.with_suffix(".json")):
         if not needed.is_file():
             raise FileNotFoundError(
-                f"checkpoint: expected {needed}, found nothing; a checkpoint is a .safetensors file with a .json card beside it"
+                f"checkpoint: expected {needed}, found nothing; it is a .safetensors file with a .json card beside it"
             )
     card = json.loads(path.with_suffix(".json").read_text())
     try:

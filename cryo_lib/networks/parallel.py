@@ -1,8 +1,8 @@
 """One training or one denoising over several processes, a GPU each, as torchrun starts them.
 
 Outside of torchrun there is one process, and everything here leaves what it is given as it is. Sums over processes are
-differentiable, twice as well, which `torch.nn.SyncBatchNorm` is not and the gradient penalty (Eq. 8) needs; so gradients are
-summed here and not by `DistributedDataParallel`.
+differentiable, twice as well, which `torch.nn.SyncBatchNorm` is not and the gradient penalty (Eq. 8) needs; so
+gradients are summed here and not by `DistributedDataParallel`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def part(n: int) -> slice:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes; so is its gradient, since every process's loss depends on every tensor."""
+    """The sum of a tensor over the processes; so is its gradient, since each process's loss depends on all."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Mean and biased variance of `x` over `dims`, which stay with length 1, over all processes; and how many values each has.
+    """Mean and biased variance of `x` over `dims`, kept with length 1, over all processes; how many values each has.
 
     `dims` holds 0, the images, of which processes may have different numbers.
     """
@@ -91,7 +91,7 @@ def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | in
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the minibatch of all processes, in training; by its stored statistics, as always, in eval mode."""
+    """Batch norm over the minibatch of all processes in training; by its stored statistics, as always, in eval mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, c, h, w)` in and out."""
@@ -143,7 +143,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def in_order(images: np.ndarray, most: int) -> list[np.ndarray]:
-    """The images `(m, h, w)` float32, m <= `most`, of every process, in their order: in the first process, none in the others."""
+    """The images `(m, h, w)` float32, m <= `most`, of all processes in order, in the first; none in the others."""
     if size() == 1:
         return [images]
     _join()

@@ -1,8 +1,9 @@
 """Progressive growing (Karras et al. 2018) of a denoiser: encoder, generator and critic that start at 4 px and grow.
 
-As there: equalised learning rates, pixel norm, the minibatch's standard deviation, levels that fade in, a critic trained by
-WGAN-gp. Not as there: an encoder stands in front of the generator, the averaged copy of the generator's weights and the drift
-term of the critic's loss are left out, and the levels come in equal steps of the training's first half.
+As there: equalised learning rates, pixel norm, the minibatch's standard deviation, levels that fade in, a critic
+trained by WGAN-gp. Not as there: an encoder stands in front of the generator, the averaged copy of the generator's
+weights and the drift term of the critic's loss are left out, and the levels come in equal steps of the training's
+first half.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ GROWTH = 0.5  # share of the training over which levels are added; from then on 
 
 
 def sizes(image_size: int) -> list[int]:
-    """Sides in pixels of the levels, each twice the one before: from 4 (5, 6, 7 where no halving leads to 4) to `image_size`.
+    """Sides in pixels of the levels, each twice the one before: from 4 (5, 6, 7 where it has to be) to `image_size`.
 
     ValueError where halving leads to none of these.
     """
@@ -98,9 +99,9 @@ def _block(inputs: int, between: int, outputs: int, norm: type[nn.Module] = nn.I
 
 
 class Growing(nn.Module):
-    """What encoder and critic share: levels from the image's side down to the smallest, of which the upper ones are faded in.
+    """What encoder and critic share: levels from the image's side down to the smallest; the upper ones fade in.
 
-    `progress` in [0, 1] says how far the training is, and with it which levels are in use; 1, the default, is all of them.
+    `progress` in [0, 1] says how far the training is, and so which levels are in use; 1, the default, is all.
     Level i has min(8, 2**(6 - i)) times `width` channels, as Karras et al.'s networks do at their width of 64.
     """
 
@@ -166,8 +167,8 @@ class Generator(Growing):
 class Discriminator(Growing):
     """The critic: one score an image, `(n, 1, 1, 1)`, with the minibatch's standard deviation as one more channel.
 
-    Pooling is part of it, so the slope that the gradient penalty (Eq. 8) looks at is that with respect to images at full size,
-    whichever level is in use.
+    Pooling is part of it, so the slope that the gradient penalty (Eq. 8) looks at is that with respect to images at
+    full size, whichever level is in use.
     """
 
     def __init__(self, image_size: int, width: int = 64) -> None:

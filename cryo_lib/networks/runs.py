@@ -1,4 +1,4 @@
-"""One training as the pipeline runs it: its data, its card, where it goes on after an interruption; and a grid of them."""
+"""One training as the pipeline runs it: its data, its card, where it goes on when interrupted; and a grid of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -20,19 +21,21 @@ import numpy as np
 import torch
 
 from cryo_lib import checks
-from cryo_lib.evaluate import metrics
 from cryo_lib.files import closure, cores, write_text
-from cryo_lib.networks import losses, models, parallel
-from cryo_lib.networks.algorithm import Settings, Trainer, TrainingError
+from cryo_lib.networks import models, parallel
+from cryo_lib.networks.algorithm import Settings
+from cryo_lib.networks.engine import Trainer, TrainingError
+from cryo_lib.networks.losses import Method
 from cryo_lib.simulate import contamination, noise
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
 PRINT_EVERY = 10  # seconds between lines of progress
+Scores = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]  # such as `evaluate.metrics.SCORES`
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a method on an experiment with a seed (initial weights, minibatch order, choice of contaminated pairs).
+    """One training: a method on an experiment with a seed (initial weights, order of minibatches, contaminated pairs).
 
     `variant` names the changes of settings that the study makes for it; "" where it makes none.
     """
@@ -43,42 +46,38 @@ class Run:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        checks.choice("method", self.method, losses.METHODS)
+        Method.parse(self.method)
         Experiment.parse(self.experiment)
         checks.integer("seed", self.seed, low=0)
         if not re.fullmatch("[a-z0-9_.]*", str(self.variant)) or str(self.variant).startswith((".", "seed")):
             raise ValueError(
-                f"variant: expected a name of a-z, 0-9, _ and dots, not like seed0, got {self.variant!r}; it names a folder"
+                f"variant: expected a folder's name of a-z, 0-9, _ and dots, not like seed0, got {self.variant!r}"
             )
 
     @property
     def folder(self) -> Path:
-        """Where the run's outputs lie below its study's folder: method/experiment/variant/seed, without the variant "" ."""
+        """Where the outputs lie below the study's folder: method/experiment/variant/seed, without the variant "" ."""
         return Path(self.method, self.experiment, self.variant, f"seed{self.seed}")
 
 
-def expand(study: dict[str, Any]) -> list[Run]:
-    """The runs of a study `{methods, experiments, seeds, variants}`, seeds outermost: a first result of everything comes early.
+def expand(grid: Mapping[str, Any]) -> list[Run]:
+    """The runs of `{methods, experiments, seeds, variants}`, seeds outermost: a first result of everything comes early.
 
     `variants` maps names to changes of the training settings; `{}` is one run as the settings are.
     """
-    if set(study) != {"methods", "experiments", "seeds", "variants"}:
-        raise ValueError(
-            f"study: expected the keys methods, experiments, seeds and variants, got {', '.join(sorted(study))}"
-        )
-    for name, values in study.items():
+    for name, values in grid.items():
         if len(set(values)) != len(values):
             raise ValueError(f"study: {name} are listed twice, got {values}")
-    return [
-        Run(method, experiment, seed, variant)
-        for seed in study["seeds"]
-        for variant in study["variants"] or [""]
-        for experiment in study["experiments"]
-        for method in study["methods"]
-    ]
+    axes = grid["seeds"], grid["variants"] or [""], grid["experiments"], grid["methods"]
+    return [Run(method, experiment, seed, variant) for seed, variant, experiment, method in product(*axes)]
 
 
-def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dict[str, float]]:
+def varied(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with some of them changed; ValueError for what is no setting, or no value of one."""
+    return Settings(**settings.model_dump() | changes)
+
+
+def _validation(x: np.ndarray, y: np.ndarray, scores: Scores) -> Callable[[torch.nn.Module], dict[str, float]]:
     if len(x) < 2:
         raise ValueError(f"x_val: expected at least 2 images to watch the training on, got {len(x)}; raise n_val")
     spread = x.std(axis=0).mean()
@@ -86,8 +85,8 @@ def _validation(x: np.ndarray, y: np.ndarray) -> Callable[[torch.nn.Module], dic
     def validate(model: torch.nn.Module) -> dict[str, float]:
         x_hat = models.denoise_images(model, y)
         if not np.isfinite(x_hat).all():
-            return {"mse": math.nan, "psnr": math.nan, "ssim": math.nan, "spread": math.nan}
-        values = {name: float(getattr(metrics, name)(x, x_hat).mean()) for name in ("mse", "psnr", "ssim")}
+            return dict.fromkeys([*scores, "spread"], math.nan)
+        values = {name: float(score(x, x_hat).mean()) for name, score in scores.items()}
         return values | {"spread": float(x_hat.std(axis=0).mean() / spread)}
 
     return validate
@@ -100,23 +99,27 @@ def run(
     out: Path,
     scratch: Path,
     device: str = "auto",
+    *,
+    scores: Scores,
     quiet: bool = False,
     until: float = math.inf,
 ) -> dict[str, Any] | None:
-    """Train one run and write `generator.safetensors`, its card and `metrics.jsonl` below `out`; its last validation metrics.
+    """Train one run: `generator.safetensors`, its card and `metrics.jsonl` below `out`; its last validation scores.
 
     The state, and the lines of metrics while it runs, live in `scratch` under a hash of the configuration, the data's
-    digests and the code, so that a repeated call after any interruption goes on where it stopped, and never from the state
-    of something else. A line is printed every 10 s or so, unless `quiet`. Of several processes (torchrun) the first writes.
+    digests and the code, so that a repeated call after any interruption goes on where it stopped, and never from the
+    state of something else. How fast it was goes to `scratch`/speed.jsonl: what `out` holds is the same in every run.
+    A line is printed every 10 s or so, unless `quiet`. Of several processes (torchrun) the first writes.
 
     Parameters
     ----------
-    data : folder of an `experiments.Dataset`.
-    until : of `time.monotonic()`; a training that has not ended by then stops at its next line of metrics, to be gone on
-        with, and None is returned.
+    data : folder of a `stacks.dataset.Dataset`.
+    scores : of the validation images.
+    until : of `time.monotonic()`; a training that has not ended by then stops at its next line of metrics, to be gone
+        on with, and None is returned.
     """
     chosen, dataset = models.pick_device(device), Dataset(Path(data))
-    configuration = configuration_of(task, settings, dataset, chosen)
+    configuration = configuration_of(task, settings, dataset, chosen, scores)
     state, final = state_of(scratch, configuration), out / task.folder
     experiment = Experiment.parse(task.experiment)
     x, y = dataset.pairs("train", experiment)
@@ -136,11 +139,11 @@ def run(
         _write_lines(state / "metrics.jsonl", history)
         if not quiet and time.monotonic() - printed > PRINT_EVERY:
             printed = time.monotonic()
-            print(_progress(task, history[-1]), flush=True)
+            print(f"{_progress(task, history[-1])}, {trainer.speed.get('images_per_s', 0):.0f} images/s", flush=True)
 
-    trainer, failure = Trainer(losses.METHODS[task.method], settings, pairs, task.seed, chosen), ""
+    trainer, failure = Trainer(Method.parse(task.method), settings, pairs, task.seed, chosen), ""
     try:
-        if not trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment)), report, until):
+        if not trainer.train(state / "state.pt", _validation(*dataset.pairs("val", experiment), scores), report, until):
             return None
     except TrainingError as error:
         if settings.on_failure == "stop":
@@ -149,7 +152,7 @@ def run(
         trainer.load_state(state / "state.pt")
         failure = str(error)
     line = trainer.history[-1]
-    last = {name: line[name] for name in ("mse", "psnr", "ssim")}
+    last = {name: line[name] for name in scores}
     network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
     mean, sd = (float(values.mean()) for values in noise.background(y[:256]))
     seen = {"pixel_size": configuration["data"]["pixel_size"], "background": {"mean": mean, "sd": sd}}
@@ -159,6 +162,8 @@ def run(
     def write() -> None:
         _write_lines(final / "metrics.jsonl", trainer.history)
         models.save(final / "generator.safetensors", trainer.generator, card)
+        with (scratch / "speed.jsonl").open("a") as file:
+            file.write(json.dumps({"run": final.as_posix()} | trainer.speed) + "\n")
 
     parallel.from_first(write)
     return last
@@ -168,20 +173,23 @@ def _write_lines(path: Path, history: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in history))
 
 
-def configuration_of(task: Run, settings: Settings, dataset: Dataset, device: torch.device) -> dict[str, Any]:
-    """All that a run's result depends on, as its card holds it: the data by the digests in its card, the code by a digest of its source."""
-    source = hashlib.sha256(closure(f"import {__name__}").encode()).hexdigest()
-    code = {"torch": torch.__version__, "device": device.type, "source": source}
-    return {"run": asdict(task), "settings": asdict(settings), "data": dataset.card, "code": code}
+def configuration_of(
+    task: Run, settings: Settings, dataset: Dataset, device: torch.device, scores: Scores
+) -> dict[str, Any]:
+    """All that a run's result depends on, as its card holds it: the data and the code by their digests."""
+    modules = sorted({__name__, *(score.__module__ for score in scores.values())})
+    source = closure("\n".join(f"import {name}" for name in modules))
+    code = {"torch": torch.__version__, "device": device.type, "source": hashlib.sha256(source.encode()).hexdigest()}
+    return {"run": asdict(task), "settings": settings.model_dump(), "data": dataset.card, "code": code}
 
 
-def finished(task: Run, settings: Settings, data: Path, out: Path) -> bool:
-    """Whether `out` holds the generator of this very configuration (settings, data, code), on whatever device it was trained."""
+def finished(task: Run, settings: Settings, data: Path, out: Path, scores: Scores) -> bool:
+    """Whether `out` holds the generator of this very configuration, on whatever device it was trained."""
     path = out / task.folder / "generator.json"
     if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
     card = json.loads(path.read_text())
-    wanted = configuration_of(task, settings, Dataset(data), torch.device(card["code"]["device"]))
+    wanted = configuration_of(task, settings, Dataset(data), torch.device(card["code"]["device"]), scores)
     return all(card[name] == value for name, value in wanted.items())
 
 
@@ -190,13 +198,13 @@ def state_of(scratch: Path, configuration: dict[str, Any]) -> Path:
     return scratch / hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _worker(threads: int, *arguments: Any) -> dict[str, Any]:
+def _worker(threads: int, scores: Scores, *arguments: Any) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    return run(*arguments, quiet=True)
+    return run(*arguments, scores=scores, quiet=True)
 
 
 def _progress(task: Run, line: dict[str, Any]) -> str:
-    return f"{task.folder}: {line['progress']:.0%}, PSNR {line['psnr']:.2f} dB, {line['images_per_s']:.0f} images/s"
+    return f"{task.folder}: {line['progress']:.0%}, PSNR {line['psnr']:.2f} dB"
 
 
 def run_grid(
@@ -206,45 +214,57 @@ def run_grid(
     out: Path,
     scratch: Path,
     device: str = "auto",
-    workers: int | None = None,
+    *,
+    scores: Scores,
     variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    workers: int | None = None,
 ) -> None:
     """Train many runs: side by side on the CPU's cores, or one after another on a GPU or several.
 
-    A line is printed as each run ends. Their states in `scratch` are removed when all have succeeded. Where torchrun started
-    this process and others, all of them work on one run at a time (see `algorithm.Trainer`).
+    A run that is finished already is left as it is. A line is printed as each one ends. Their states in `scratch` are
+    removed when all have succeeded. Where torchrun started this process and others, all work on one run at a time.
 
     Parameters
     ----------
-    tasks, settings, data, out, scratch, device : as `run`.
-    workers : runs at a time on the CPU; None is one a core. Each has one thread; those of fewer tasks than cores have more.
+    tasks, settings, data, out, scratch, device, scores : as `run`.
     variants : name -> changes of `settings`, for the tasks that have a variant.
+    workers : runs at a time on the CPU; None is one a core. Each has one thread; those of fewer tasks than cores have
+        more.
 
     Raises
     ------
     ValueError : a task's variant is not among `variants` or is no change of settings; before anything is trained.
     TrainingError : a run failed; what the others reached is kept in `scratch`.
     """
-    tasks = list(tasks)
-    chosen = models.pick_device(device)
-    changed = {task: varied(settings, task.variant, variants) for task in tasks}
+    given, chosen = list(tasks), models.pick_device(device)
+    if unknown := sorted({task.variant for task in given} - {"", *variants}):
+        named = f"variant {unknown[0]!r}: expected its changes of settings in `variants`"
+        raise ValueError(f"{named}, which has {list(variants) or 'none'}")
+    try:
+        changed = {task: varied(settings, variants.get(task.variant, {})) for task in given}
+    except ValueError as error:
+        raise ValueError(f"variants: {error}") from error
+    tasks = [task for task in given if not finished(task, changed[task], Path(data), Path(out), scores)]
     alone = chosen.type != "cpu" or parallel.size() > 1
     workers = 1 if alone else min(len(tasks), workers or cores())
     if parallel.rank() == 0:
         together = f"{workers} at a time" if parallel.size() == 1 else f"by {parallel.size()} processes together"
-        print(f"{len(tasks)} runs on {_name(chosen)}, {together}; torch {torch.__version__}", flush=True)
+        before = f", {len(given) - len(tasks)} finished before" if len(given) > len(tasks) else ""
+        print(f"{len(tasks)} runs{before} on {_name(chosen)}, {together}; torch {torch.__version__}", flush=True)
+    if not tasks:
+        return
     states = {
-        task: state_of(Path(scratch), configuration_of(task, changed[task], Dataset(Path(data)), chosen))
+        task: state_of(Path(scratch), configuration_of(task, changed[task], Dataset(Path(data)), chosen, scores))
         for task in tasks
     }
     arguments = [(task, changed[task], Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
     started = time.perf_counter()
     if alone:
-        _report(((a[0], run(*a)) for a in arguments), len(tasks), started)
+        _report(((a[0], run(*a, scores=scores)) for a in arguments), len(tasks), started)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             threads = max(1, cores() // len(tasks))
-            futures = {pool.submit(_worker, threads, *a): a[0] for a in arguments}
+            futures = {pool.submit(_worker, threads, scores, *a): a[0] for a in arguments}
             try:
                 _report(_finished(futures, states), len(tasks), started)
             except BaseException:
@@ -253,23 +273,6 @@ def run_grid(
     if parallel.rank() == 0:
         for state in states.values():
             shutil.rmtree(state, ignore_errors=True)
-
-
-def varied(settings: Settings, variant: str, variants: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """The settings of a variant: `settings` with the changes that `variants` has under its name; "" changes nothing.
-
-    ValueError where it is not among `variants`, or changes what is no setting, or to no value of one.
-    """
-    if not variant:
-        return settings
-    if variant not in variants:
-        raise ValueError(
-            f"variant {variant!r}: expected its changes of settings in `variants`, which has {list(variants) or 'none'}"
-        )
-    try:
-        return replace(settings, **variants[variant])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"variant {variant!r}: {error}") from error
 
 
 def _finished(futures: dict[Future, Run], states: dict[Run, Path]) -> Iterator[tuple[Run, dict[str, float]]]:

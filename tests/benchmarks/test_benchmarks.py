@@ -27,10 +27,10 @@ def test_the_plain_loop_takes_the_steps_of_our_engine(method, double):
     rng = np.random.default_rng(0)
     x = rng.random((8, 32, 32))
     y = x + rng.standard_normal(x.shape)
-    engine = Trainer(losses.METHODS[method], Settings(width=2, epochs=1, batch_size=4), lambda epoch: (x, y), 0, CPU)
+    engine = Trainer(losses.Method.parse(method), Settings(width=2, epochs=1, batch_size=4), lambda epoch: (x, y), 0, CPU)
     before = copy.deepcopy(engine.generator)
     loop = PlainLoop(
-        losses.METHODS[method], copy.deepcopy(engine.generator), copy.deepcopy(engine.discriminator), x, y, 4, CPU
+        losses.Method.parse(method), copy.deepcopy(engine.generator), copy.deepcopy(engine.discriminator), x, y, 4, CPU
     )
     for rows, mix in zip(engine.epoch_batches(0), engine.epoch_mixing(0), strict=True):
         loop.iteration(rows.numpy(), mix.numpy())
@@ -47,7 +47,7 @@ def test_the_plain_loop_takes_the_steps_of_our_engine(method, double):
 def test_the_plain_loop_visits_every_pair_once_an_epoch(monkeypatch):
     seen = []
     x = np.zeros((10, 32, 32), np.float32)
-    loop = PlainLoop(losses.METHODS["l1_ae"], models.GENERATORS["resnet"](32, 1), None, x, x, 4, CPU)
+    loop = PlainLoop(losses.Method.parse("l1_ae"), models.GENERATORS["resnet"](32, 1), None, x, x, 4, CPU)
     monkeypatch.setattr(loop, "iteration", lambda rows, mix: seen.append(rows))
     loop.train(6)
     assert [len(rows) for rows in seen] == [4, 4, 2] * 2
@@ -76,7 +76,7 @@ def test_flop_of_an_iteration_are_those_counted_by_hand():
     """Two updates of an autoencoder, each forward and backward, through our engine as the benchmark counts it."""
     x = np.random.default_rng(0).random((4, 32, 32), np.float32)
     settings = Settings(architecture="conv", width=3, batch_size=4, epochs=1)
-    engine = Trainer(losses.METHODS["l1_ae"], settings, lambda epoch: (x, x), 0, CPU)
+    engine = Trainer(losses.Method.parse("l1_ae"), settings, lambda epoch: (x, x), 0, CPU)
     with Count() as counted:
         engine.advance(1)
     layers = convolutions(32, 3)
@@ -145,7 +145,7 @@ def check(folder):
             best = max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
             for row in group["rows"]:
                 ours, plain = (np.array(row["images_per_s"][name]) for name in ("ours", "plain"))
-                label = losses.METHODS[row["method"]].label
+                label = losses.Method.parse(row["method")].label
                 reached = np.median(ours) / group["configuration"]["batch"] * row["iteration"]["flop"] / best
                 cells = f"| {np.median(ours / plain):.2f} (", f"| {reached:.0%} |"
                 lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]

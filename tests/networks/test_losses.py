@@ -110,4 +110,36 @@ def test_reductions_differ_by_the_number_of_elements():
 
 def test_an_unknown_adversary_is_refused():
     with pytest.raises(ValueError, match="adversary: expected one of none, beta, wgan_gp, got 'hinge'"):
-        losses.Method("x", "hinge", 1)
+        losses.Method("hinge", 1)
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("l2_ae", losses.Method("none", 2)),
+        ("js_l1", losses.Method("beta", 1, 0.0, 0.0)),
+        ("wgan_gp_l1", losses.Method("wgan_gp", 1)),
+        ("beta_05_05_l1", losses.Method("beta", 1, 0.5, 0.5)),
+        ("beta_m1_01_l2", losses.Method("beta", 2, -1.0, 0.1)),
+    ],
+)
+def test_an_id_is_its_method(name, method):
+    assert losses.Method.parse(name) == method
+
+
+@pytest.mark.parametrize("name", ["unet", "beta_05_l1", "l3_ae", "js_l1_", "beta_2_0_l1"])
+def test_what_is_no_id_is_named(name):
+    with pytest.raises(ValueError, match="expected an id such as l1_ae.* got '|alpha: expected a finite number"):
+        losses.Method.parse(name)
+
+
+@pytest.mark.parametrize("name", ["js_l1", "beta_1_1_l2", "wgan_gp_l1"])
+def test_the_losses_of_d_and_g_oppose_each_other_on_denoised_images(name):
+    """The gradient of D's loss in D(x_hat) is minus that of G's, and D climbs on references."""
+    method, x, x_hat = losses.Method.parse(name), torch.randn(2, 3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    weight = torch.tensor(0.7, requires_grad=True)
+    loss_d = method.discriminator_loss(lambda images: weight * images, x[0], x_hat, torch.zeros(3), 0.0, "mean")
+    loss_g = method.adversarial_loss(lambda images: weight * images, x_hat, "mean")
+    real = losses.reduce_images(method.real(weight * x[0]), "mean")
+    torch.testing.assert_close(loss_d, -real - loss_g)
+    assert method.reconstruction_loss(x[0], x[0], "sum") == 0

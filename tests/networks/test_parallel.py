@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from cryo_lib.denoisers import apply
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import losses, models, parallel, runs
-from cryo_lib.networks.algorithm import Settings, Trainer
+from cryo_lib.networks.algorithm import Settings
+from cryo_lib.networks.engine import Trainer
 from cryo_lib.networks.runs import Run
 from cryo_lib.simulate import projection
 from cryo_lib.stacks import particles
@@ -22,24 +24,36 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 11  # minibatches of 4, 4 and 3: of the last one the processes have 2 and 1
 
 
-def torchrun(*words, cwd=ROOT):
-    """Run a Python program (or -m and a module) in two processes that work together, on the CPU by gloo; what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+IMPORTS = """import sys
+from pathlib import Path
+import torch
+from cryo_lib.denoisers import apply
+from cryo_lib.evaluate.metrics import SCORES
+from cryo_lib.networks import losses, models, parallel, runs
+from cryo_lib.networks.algorithm import Settings
+from cryo_lib.networks.engine import Trainer
+from cryo_lib.networks.runs import Run
+"""
+
+
+def torchrun(logs, *words, cwd=ROOT):
+    """Run Python (a file, or -m and a module) in two processes that work together by gloo; what each printed, below `logs`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--redirects", "1", "--log-dir", logs, *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(cwd)}
-    done = subprocess.run(
-        [str(word) for word in command], env=env, capture_output=True, text=True, timeout=300, cwd=cwd
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, cwd=cwd)
+    printed = [path.read_text() for path in sorted(logs.glob("**/stdout.log"))]
+    assert done.returncode == 0 and len(printed) == 2, (done.stdout, done.stderr, printed)
+    return printed
 
 
 @pytest.fixture
 def script(tmp_path):
-    """A program below the temporary folder, of the lines that are given."""
+    """A program below the temporary folder, of the lines that are given after IMPORTS."""
 
     def write(text):
         path = tmp_path / "program.py"
-        path.write_text(text)
+        path.write_text(IMPORTS + text)
         return path
 
     return write
@@ -92,7 +106,7 @@ torch.save(found | norm.state_dict(), f"{sys.argv[1]}.{parallel.rank()}")
 def test_batch_norm_of_two_processes_is_that_of_the_whole_batch_to_the_second_derivative(script, tmp_path):
     """Slopes of the scores with respect to images, the penalty on them, and its gradients, as WGANgp needs them; running sums."""
     program = script(BATCH_NORM)
-    torchrun(program, tmp_path / "two")
+    torchrun(tmp_path / "logs", program, tmp_path / "two")
     subprocess.run([sys.executable, program, tmp_path / "one"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     one, *two = (torch.load(f"{tmp_path}/{name}", weights_only=True) for name in ("one.0", "two.0", "two.1"))
     for name, value in one.items():
@@ -117,7 +131,7 @@ print("then:", parallel.from_first(lambda: "together"))
 
 
 def test_what_the_first_process_raises_all_raise(script):
-    printed = torchrun(script(RAISES))
+    printed = torchrun(tmp_path / "logs", script(RAISES))
     assert printed.count("the disk is full") == 2 and printed.count("then: together") == 2
 
 
@@ -127,7 +141,7 @@ torch.set_default_dtype(torch.float64)
 x = numpy.random.default_rng(1).random((11, 32, 32))
 for method, architecture in (("l1_ae", "resnet"), ("beta_05_05_l1", "resnet"), ("wgan_gp_l1", "resnet"), ("wgan_gp_l1", "pggan")):
     settings = Settings(architecture=architecture, width=2, epochs=2, batch_size=4, log_every=2, eta_g=1e-3, calibration=11)
-    trainer = Trainer(losses.METHODS[method], settings, lambda epoch: (x, x + 0.1), 0, torch.device("cpu"))
+    trainer = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, x + 0.1), 0, torch.device("cpu"))
     checkpoint = __import__("pathlib").Path(f"{sys.argv[1]}.{method}.{architecture}")
     trainer.train(checkpoint, lambda model: {"spread": 1.0, "psnr": 1.0})
 """
@@ -136,7 +150,7 @@ for method, architecture in (("l1_ae", "resnet"), ("beta_05_05_l1", "resnet"), (
 def test_two_processes_train_as_one_on_the_same_minibatches(script, tmp_path):
     """All methods, minibatches that do not divide evenly: the same losses, weights and batch-norm statistics but for rounding."""
     program = script(TRAIN)
-    torchrun(program, tmp_path / "two")
+    torchrun(tmp_path / "logs", program, tmp_path / "two")
     subprocess.run([sys.executable, program, tmp_path / "one"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     compared = sorted(path.name.removeprefix("one.") for path in tmp_path.glob("one.*"))
     assert len(compared) == 4
@@ -160,7 +174,9 @@ def test_more_processes_than_pairs_in_a_minibatch_are_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="a pair for each of 4 processes, got one of 3 .11 pairs, 4 a minibatch.; start fewer"
     ):
-        Trainer(losses.METHODS["l1_ae"], Settings(width=2, batch_size=4), lambda epoch: (x, x), 0, torch.device("cpu"))
+        Trainer(
+            losses.Method.parse("l1_ae"), Settings(width=2, batch_size=4), lambda epoch: (x, x), 0, torch.device("cpu")
+        )
 
 
 GRID = """
@@ -168,7 +184,8 @@ import sys
 from pathlib import Path
 data, out = map(Path, sys.argv[1:])
 settings = runs.Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-3)
-runs.run_grid([Run("l2_ae", "awgn-0.5-A_0.3", seed) for seed in (0, 1)], settings, data, out, out / "scratch", "cpu")
+runs.run_grid([Run("l2_ae", "awgn-0.5-A_0.3", seed) for seed in (0, 1)], settings, data, out, out / "scratch", "cpu",
+    scores=SCORES)
 """
 
 
@@ -177,18 +194,17 @@ def test_a_grid_by_two_processes_writes_what_one_writes_once(script, tmp_path):
     for split, n in (("train", 12), ("val", 4)):
         np.save(tmp_path / f"x_{split}.npy", rng.random((n, 32, 32), np.float32))
     (tmp_path / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 4.0}))
-    printed = torchrun(script(GRID), tmp_path, tmp_path / "two")
-    assert (
-        printed.count("2 runs on the CPU") == 1 and "by 2 processes together" in printed and printed.count("[2/2") == 1
-    )
+    printed = torchrun(tmp_path / "logs", script(GRID), tmp_path, tmp_path / "two")
+    assert ["2 runs on the CPU, by 2 processes together" in each for each in printed] == [True, False]
+    assert ["[2/2" in each for each in printed] == [True, False]
     task, settings = (
         Run("l2_ae", "awgn-0.5-A_0.3", 1),
         Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-3),
     )
-    runs.run(task, settings, tmp_path, tmp_path / "one", tmp_path / "s", "cpu")
+    runs.run(task, settings, tmp_path, tmp_path / "one", tmp_path / "s", "cpu", scores=SCORES)
     one, two = (json.loads((tmp_path / name / task.folder / "generator.json").read_text()) for name in ("one", "two"))
     assert one["validation"]["psnr"] == pytest.approx(two["validation"]["psnr"], abs=0.1)
-    assert one | {"validation": 0} == two | {"validation": 0} and not list((tmp_path / "two" / "scratch").iterdir())
+    assert one | {"validation": 0} == two | {"validation": 0} and not list((tmp_path / "two" / "scratch").glob("*/"))
 
 
 def test_notebooks_train_together_and_leave_a_copy_each(tmp_path):
@@ -202,18 +218,12 @@ def test_notebooks_train_together_and_leave_a_copy_each(tmp_path):
     for split, n in (("train", 12), ("val", 4)):
         np.save(data / f"x_{split}.npy", rng.random((n, 32, 32), np.float32))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 4.0}))
-    given = {
-        "methods": "[js_l1]",
-        "width": "2",
-        "batch_size": "4",
-        "calibration": "12",
-        "eta_g": "1.0e-3",
-        "device": "cpu",
-    }
+    settings = "{width: 2, epochs: 1, batch_size: 4, calibration: 12, eta_g: 1.0e-3}"
+    given = {"methods": "[js_l1]", "settings": settings, "device": "cpu"}
     words = [word for name, value in given.items() for word in ("-p", name, value)]
     notebook, out = root / "notebooks/03_train_networks.ipynb", root / "executed/03.ipynb"
-    printed = torchrun("-m", "cryo_lib.paper.notebooks", "run", notebook, out, *words, cwd=root)
-    assert "by 2 processes together" in printed
+    printed = torchrun(tmp_path / "logs", "-m", "cryo_lib.paper.notebooks", "run", notebook, out, *words, cwd=root)
+    assert ["by 2 processes together" in each for each in printed] == [True, False]
     assert sorted(path.name for path in out.parent.iterdir()) == ["03.1.ipynb", "03.ipynb"]
     assert len(list(root.glob("runs/laptop/try/**/generator.safetensors"))) == 1
 
@@ -231,8 +241,8 @@ def test_two_processes_denoise_a_stack_as_one(n, script, tmp_path):
     """Batches in turn, the last ones short or empty; one stack is written, in the order of the rows."""
     y = np.random.default_rng(0).normal(0.2, 1, (n, 32, 32)).astype(np.float32)
     stack = particles.new(tmp_path / "noisy.star", y, projection.random_rotations(n, 0), 6.4)
-    printed = torchrun(script(DENOISE), stack, tmp_path / "two.star")
-    assert printed.count(f"wrote {tmp_path / 'two.star'}") == 2
+    printed = torchrun(tmp_path / "logs", script(DENOISE), stack, tmp_path / "two.star")
+    assert [each.split() for each in printed] == 2 * [["wrote", str(tmp_path / "two.star")]]
     torch.manual_seed(0)
     one = apply.denoise_stack(models.ResNetGenerator(32, 2).eval(), stack, tmp_path / "one.star", batch_size=3)
     one, two = particles.ParticleStack.open(one), particles.ParticleStack.open(tmp_path / "two.star")

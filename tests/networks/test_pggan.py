@@ -127,7 +127,7 @@ def test_it_grows_and_learns_in_the_one_training_loop(method):
     settings = Settings(
         architecture="pggan", width=2, epochs=25, batch_size=8, lam=100.0, beta1=0.0, beta2=0.99, eta_g=3e-3
     )
-    trainer = Trainer(losses.METHODS[method], settings, lambda epoch: (x, y), 0, torch.device("cpu"))
+    trainer = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, y), 0, torch.device("cpu"))
     before = [p.detach().clone() for p in trainer.generator.parameters()]
     trainer.advance(trainer.iterations)
     assert all(not torch.equal(a, b) for a, b in zip(before, trainer.generator.parameters()))

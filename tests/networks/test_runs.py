@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_lib.networks import losses, models, runs
-from cryo_lib.networks.runs import Run, Settings, Trainer, TrainingError
+from cryo_lib.evaluate.metrics import SCORES
+from cryo_lib.networks import engine, losses, models, runs
+from cryo_lib.networks.algorithm import Settings
+from cryo_lib.networks.engine import Trainer, TrainingError
+from cryo_lib.networks.runs import Run, varied
 from cryo_lib.stacks.dataset import Dataset
 
 SMALL = Settings(width=2, epochs=2, batch_size=4, log_every=3)
@@ -47,9 +50,11 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data
     """A process killed by SIGKILL in the middle of training, started again, ends with the same bits."""
     program = (
         "import sys, torch; from pathlib import Path; from cryo_lib.networks import runs;"
+        "from cryo_lib.evaluate.metrics import SCORES;"
         "torch.set_num_threads(1);"
         f"s = runs.Settings(width=2, epochs=30, batch_size=4, log_every=5);"
-        f"runs.run(runs.Run('{method}', 'awgn-0.5-A_0.3', 3), s, Path({str(data)!r}), Path(sys.argv[1]), Path(sys.argv[2]), 'cpu')"
+        f"runs.run(runs.Run('{method}', 'awgn-0.5-A_0.3', 3), s, Path({str(data)!r}), Path(sys.argv[1]), Path(sys.argv[2]), 'cpu',"
+        "scores=SCORES)"
     )
     whole, cut, scratch = tmp_path / "whole", tmp_path / "cut", tmp_path / "scratch"
     process = subprocess.Popen([sys.executable, "-c", program, str(cut), str(scratch)])
@@ -71,41 +76,70 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data
 def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, monkeypatch):
     folders = set()
     task, dataset = Run("l1_ae", "awgn-0.5-none", 0), Dataset(data)
-    folders.add(runs.state_of(tmp_path, runs.configuration_of(task, SMALL, dataset, CPU)))
-    folders.add(runs.state_of(tmp_path, runs.configuration_of(task, replace(SMALL, lam=1.0), dataset, CPU)))
+
+    def add(settings):
+        folders.add(runs.state_of(tmp_path, runs.configuration_of(task, settings, dataset, CPU, SCORES)))
+
+    add(SMALL)
+    add(varied(SMALL, dict(lam=1.0)))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 5.0}))
-    folders.add(runs.state_of(tmp_path, runs.configuration_of(task, SMALL, dataset, CPU)))
-    other = tmp_path / "losses.py"
-    other.write_text("# other code")
-    monkeypatch.setattr(losses, "__file__", str(other))
-    folders.add(runs.state_of(tmp_path, runs.configuration_of(task, SMALL, dataset, CPU)))
+    add(SMALL)
+    monkeypatch.setattr(runs, "closure", lambda source: "other code")
+    add(SMALL)
     assert len(folders) == 4
 
 
 def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(data, tmp_path):
     task, out = Run("l1_ae", "awgn-0.5-none", 0), tmp_path / "o"
-    assert not runs.finished(task, SMALL, data, out)
-    runs.run(task, SMALL, data, out, tmp_path / "s", "cpu")
-    assert runs.finished(task, SMALL, data, out)
-    assert not runs.finished(task, replace(SMALL, eta_g=0.02), data, out)
-    assert not runs.finished(replace(task, seed=1), SMALL, data, out)
+    assert not runs.finished(task, SMALL, data, out, SCORES)
+    runs.run(task, SMALL, data, out, tmp_path / "s", "cpu", scores=SCORES)
+    assert runs.finished(task, SMALL, data, out, SCORES)
+    assert not runs.finished(task, varied(SMALL, dict(eta_g=0.02)), data, out, SCORES)
+    assert not runs.finished(replace(task, seed=1), SMALL, data, out, SCORES)
     (out / task.folder / "generator.safetensors").unlink()
-    assert not runs.finished(task, SMALL, data, out)
+    assert not runs.finished(task, SMALL, data, out, SCORES)
+
+
+def test_what_a_run_leaves_is_the_same_whatever_its_speed(data, tmp_path, monkeypatch):
+    """Every file byte for byte, with a clock that is ten times as slow."""
+    task, clock = Run("js_l1", "awgn-0.5-A_0.3", 0), time.perf_counter
+    runs.run(task, SMALL, data, tmp_path / "a", tmp_path / "s", "cpu", scores=SCORES)
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: 10 * clock())
+    runs.run(task, SMALL, data, tmp_path / "b", tmp_path / "t", "cpu", scores=SCORES)
+    first, second = (sorted(path for path in (tmp_path / out).rglob("*") if path.is_file()) for out in "ab")
+    assert [path.name for path in first] == ["generator.json", "generator.safetensors", "metrics.jsonl"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_grid_leaves_finished_runs_as_they_are(data, tmp_path, capsys):
+    tasks = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)]
+    folders = data, tmp_path / "o", tmp_path / "s", "cpu"
+    runs.run(tasks[0], SMALL, *folders, scores=SCORES)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
+    runs.run_grid(tasks, SMALL, *folders, scores=SCORES)
+    assert "1 runs, 1 finished before" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    runs.run_grid(tasks, SMALL, *folders, scores=SCORES)
+    assert "0 runs, 2 finished before" in capsys.readouterr().out
 
 
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
     tasks = [Run(m, "awgn-0.5-none", s) for m in ("l1_ae", "js_l1") for s in (0, 1)]
     for workers in (1, 2):
-        runs.run_grid(tasks, SMALL, data, tmp_path / str(workers), tmp_path / "scratch", "cpu", workers)
+        runs.run_grid(
+            tasks, SMALL, data, tmp_path / str(workers), tmp_path / "scratch", "cpu", workers=workers, scores=SCORES
+        )
     for task in tasks:
         assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
-    assert not list((tmp_path / "scratch").iterdir())
+    assert not list((tmp_path / "scratch").glob("*/"))
     assert "4 runs on the CPU" in capsys.readouterr().out
 
 
 def test_seeds_differ_and_repeat(data, tmp_path):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        runs.run(Run("l1_ae", "awgn-0.5-none", seed), SMALL, data, tmp_path / out, tmp_path / f"s{out}", "cpu")
+        runs.run(
+            Run("l1_ae", "awgn-0.5-none", seed), SMALL, data, tmp_path / out, tmp_path / f"s{out}", "cpu", scores=SCORES
+        )
     first, again, other = (next((tmp_path / out).rglob("*.safetensors")).parent for out in "abc")
     assert_same_weights(weights(first), weights(again))
     assert any(not torch.equal(v, weights(other)[k]) for k, v in weights(first).items())
@@ -116,14 +150,16 @@ def test_validation_needs_two_images(data, tmp_path):
     with pytest.raises(
         ValueError, match="x_val: expected at least 2 images to watch the training on, got 1; raise n_val"
     ):
-        runs.run(Run("l1_ae", "awgn-0.5-none", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu")
+        runs.run(Run("l1_ae", "awgn-0.5-none", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES)
 
 
 def test_a_line_of_metrics_says_all_there_is_to_know(data, tmp_path):
-    runs.run(Run("js_l1", "clipped-0.5-C_0.5", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu")
+    runs.run(Run("js_l1", "clipped-0.5-C_0.5", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES)
     lines = [json.loads(line) for line in next((tmp_path / "o").rglob("metrics.jsonl")).open()]
     wanted = {"iteration", "epoch", "progress", "loss_d", "loss_g", "reconstruction", "mse", "psnr", "ssim", "spread"}
-    assert wanted | {"images_per_s", "peak_memory_mib", "device"} == set(lines[-1])
+    assert wanted == set(lines[-1])
+    (speed,) = [json.loads(line) for line in (tmp_path / "s" / "speed.jsonl").open()]
+    assert speed["images_per_s"] > 0 and speed["peak_memory_mib"] > 0 and speed["device"] == "cpu"
     assert lines[-1]["progress"] == 1 and [line["iteration"] for line in lines] == [3, 6, 9, 10]
     card = json.loads(next((tmp_path / "o").rglob("generator.json")).read_text())
     assert card["run"]["method"] == "js_l1" and card["settings"]["lam"] == 10 and card["width"] == 2
@@ -132,7 +168,9 @@ def test_a_line_of_metrics_says_all_there_is_to_know(data, tmp_path):
 def test_training_denoises(data, tmp_path):
     """A few hundred iterations on blobs beat the noisy input by more than 8 dB."""
     settings = Settings(width=4, epochs=60, batch_size=6, log_every=90, decay=0.5)
-    values = runs.run(Run("beta_05_05_l1", "awgn-0.2-none", 0), settings, data, tmp_path / "o", tmp_path / "s", "cpu")
+    values = runs.run(
+        Run("beta_05_05_l1", "awgn-0.2-none", 0), settings, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES
+    )
     x = np.load(data / "x_val.npy")
     noisy = 10 * np.log10(0.2 / x.var(axis=(1, 2)).mean())
     assert values["psnr"] > noisy + 8
@@ -147,10 +185,18 @@ def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card
         return step(self, *minibatch)
 
     monkeypatch.setattr(Trainer, "step", breaks)
-    task, settings = Run("l1_ae", "awgn-0.5-none", 0), replace(SMALL, log_every=2)
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, dict(log_every=2))
     with pytest.raises(TrainingError, match="not finite at iteration 8"):
-        runs.run(task, settings, data, tmp_path / "stop", tmp_path / "s1", "cpu")
-    runs.run(task, replace(settings, on_failure="record"), data, tmp_path / "record", tmp_path / "s2", "cpu")
+        runs.run(task, settings, data, tmp_path / "stop", tmp_path / "s1", "cpu", scores=SCORES)
+    runs.run(
+        task,
+        varied(settings, dict(on_failure="record")),
+        data,
+        tmp_path / "record",
+        tmp_path / "s2",
+        "cpu",
+        scores=SCORES,
+    )
     folder = tmp_path / "record" / task.folder
     card = json.loads((folder / "generator.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -160,11 +206,11 @@ def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card
 
 def test_recorded_a_run_that_breaks_at_once_is_the_untrained_network(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda self, *minibatch: {"loss_g": torch.tensor(math.nan)})
-    task, settings = Run("l1_ae", "awgn-0.5-none", 0), replace(SMALL, on_failure="record")
-    runs.run(task, settings, data, tmp_path / "o", tmp_path / "s", "cpu")
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, dict(on_failure="record"))
+    runs.run(task, settings, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES)
     card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
     x = np.load(data / "x_train.npy")
-    untrained = Trainer(losses.METHODS["l1_ae"], SMALL, lambda epoch: (x, x), 0, CPU).generator.state_dict()
+    untrained = Trainer(losses.Method.parse("l1_ae"), SMALL, lambda epoch: (x, x), 0, CPU).generator.state_dict()
     kept = {k: v for k, v in weights(tmp_path / "o" / task.folder).items() if "running" not in k and "tracked" not in k}
     assert "not finite at iteration 3 of 10" in card["failed"] and all(
         torch.equal(v, untrained[k]) for k, v in kept.items()
@@ -176,7 +222,9 @@ def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
     np.savez(data / "poses.npz", train_rotations=np.tile(np.eye(3), (18, 1, 1)), train_conformations=np.arange(18) % 2)
     np.save(data / "volumes.npy", np.random.default_rng(0).random((2, 32, 32, 32), np.float32))
     variants = {"lam_0": {"lam": 0.0}, "small": {"width": 1, "batch_size": 9}}
-    runs.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", 1, variants)
+    runs.run_grid(
+        tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", variants=variants, workers=1, scores=SCORES
+    )
     cards = [json.loads((tmp_path / "o" / task.folder / "generator.json").read_text()) for task in tasks]
     assert [card["settings"]["lam"] for card in cards] == [10, 0, 10] and [card["width"] for card in cards] == [2, 2, 1]
     assert [card["run"]["variant"] for card in cards] == ["", "lam_0", "small"]
@@ -186,21 +234,23 @@ def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
     "variants, message",
     [
         ({}, "variant 'lam_0': expected its changes of settings in `variants`, which has none"),
-        ({"lam_0": {"lambda": 0.0}}, "variant 'lam_0': .*unexpected keyword argument 'lambda'"),
-        ({"lam_0": {"lam": -1.0}}, "variant 'lam_0': lam: expected a finite number >= 0, got -1.0"),
+        ({"lam_0": {"lambda": 0.0}}, "variants: settings: lambda: unknown"),
+        ({"lam_0": {"lam": -1.0}}, "variants: settings: lam: expected a number greater than or equal to 0, got -1.0"),
     ],
 )
 def test_a_variant_that_is_none_is_refused_before_anything_is_trained(variants, message, data, tmp_path):
     tasks = [Run("l1_ae", "awgn-0.5-none", 0), Run("l1_ae", "awgn-0.5-none", 0, "lam_0")]
     with pytest.raises(ValueError, match=message):
-        runs.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", 1, variants)
+        runs.run_grid(
+            tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", variants=variants, workers=1, scores=SCORES
+        )
     assert not (tmp_path / "o").exists()
 
 
 def test_a_run_whose_time_is_up_goes_on_at_the_next_call(data, tmp_path):
     task, folders = Run("js_l1", "awgn-0.5-none", 0), (data, tmp_path / "o", tmp_path / "s", "cpu")
     calls = 1
-    while runs.run(task, SMALL, *folders, until=0.0) is None:
+    while runs.run(task, SMALL, *folders, scores=SCORES, until=0.0) is None:
         assert not (tmp_path / "o").exists()
         calls += 1
     lines = [json.loads(line) for line in (tmp_path / "o" / task.folder / "metrics.jsonl").open()]

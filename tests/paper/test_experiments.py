@@ -222,7 +222,7 @@ def test_bad_parameter_files_are_named(tmp_path):
         (
             "      conv: {",
             "      seed7: {",
-            "variant: expected a name of a-z, 0-9, _ and dots, not like seed0, got 'seed7'",
+            "variant: expected a folder.s name of a-z, 0-9, _ and dots, not like seed0, got 'seed7'",
         ),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
