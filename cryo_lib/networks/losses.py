@@ -140,6 +140,11 @@ class Method:
         checks.choice("adversary", self.adversary, ("none", "beta", "wgan_gp"))
         checks.choice("p", self.p, (1, 2))
 
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """The method of an id such as `beta_05_05_l1`."""
+        return METHODS[checks.choice("method", name, METHODS)]
+
     def real(self, logits: Tensor) -> Tensor:
         """Elementwise score of references, which the discriminator maximises."""
         return logits if self.adversary == "wgan_gp" else score_real(logits, self.alpha, self.beta)
