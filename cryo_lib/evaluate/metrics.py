@@ -93,3 +93,6 @@ def frc(x: Any, x_hat: Any) -> np.ndarray:
     cross = (a * b.conj()).real @ member
     power = np.sqrt((np.abs(a) ** 2 @ member) * (np.abs(b) ** 2 @ member))
     return np.divide(cross, power, out=np.zeros_like(cross), where=power > 0)
+
+
+SCORES = {"mse": mse, "psnr": psnr, "ssim": ssim}

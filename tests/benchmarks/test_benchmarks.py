@@ -15,6 +15,7 @@ from benchmarks.plain import PlainLoop
 from benchmarks.sizes import size_of
 from cryo_lib.networks import losses, models
 from cryo_lib.networks.runs import Settings, Trainer
+from cryo_lib.paper import methods
 from cryo_lib.stacks.particles import ParticleStack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +146,7 @@ def check(folder):
             best = max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
             for row in group["rows"]:
                 ours, plain = (np.array(row["images_per_s"][name]) for name in ("ours", "plain"))
-                label = losses.METHODS[row["method"]].label
+                label = methods.METHODS[row["method"]].label
                 reached = np.median(ours) / group["configuration"]["batch"] * row["iteration"]["flop"] / best
                 cells = f"| {np.median(ours / plain):.2f} (", f"| {reached:.0%} |"
                 lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
