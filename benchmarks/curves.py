@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 
 from cryo_lib.files import atomic
 from cryo_lib.paper import figures
+from cryo_lib.paper.methods import METHODS
 
 LABELS = {
     "size": "image size (px)",
@@ -60,8 +61,8 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
     for (above, below), (axis, of_axis) in zip(axes.T, points.items()):
         value, seconds, memory = zip(*of_axis)
         scale = 1 if axis == "images" else 1e3
-        _curve(above, value, [scale * each for each in seconds], "o-", figures.COLOURS["beta_05_05_l1"])
-        _curve(below, value, [each / 2**20 for each in memory], "s-", figures.COLOURS["l2_ae"])
+        _curve(above, value, [scale * each for each in seconds], "o-", METHODS["beta_05_05_l1"].colour)
+        _curve(below, value, [each / 2**20 for each in memory], "s-", METHODS["l2_ae"].colour)
         below.set_xlabel(LABELS[axis])
         below.set_xticks(value, _numbers(value))
         below.minorticks_off()

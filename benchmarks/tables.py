@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.denoise import INSTALL
-from cryo_lib.networks.losses import METHODS
+from cryo_lib.paper.methods import METHODS
 from cryo_lib.paper.tables import markdown
 
 Results = Mapping[str, Any]

@@ -87,7 +87,9 @@ def posterior_mean(y: Any, references: Any, sigma: Any, temperature: float = 1.0
     return References(references).posterior(y, sigma, temperature, **given).x_hat
 
 
-def choose_temperature(references: References, x: Any, y: Any, sigma: Any, among: Sequence[float] = TEMPERATURES) -> float:
+def choose_temperature(
+    references: References, x: Any, y: Any, sigma: Any, among: Sequence[float] = TEMPERATURES
+) -> float:
     """Of some temperatures that of the highest mean PSNR on validation pairs x, y."""
 
     def loss(temperature: float) -> float:
@@ -138,8 +140,16 @@ class MapPosterior(Posterior):
 
 
 def posterior_map(
-    y: Any, volumes: Any, sigma: Any, *, coarse: int = COARSE, levels: int = LEVELS, seed: int = 0, device: str = "auto",
-    transfer: Any = None, spectrum: Any = None,
+    y: Any,
+    volumes: Any,
+    sigma: Any,
+    *,
+    coarse: int = COARSE,
+    levels: int = LEVELS,
+    seed: int = 0,
+    device: str = "auto",
+    transfer: Any = None,
+    spectrum: Any = None,
 ) -> MapPosterior:
     """E[x | y] over all projections of one volume or several, coarse to fine: only near likely directions are there more.
 
@@ -172,8 +182,10 @@ def posterior_map(
             likely = [rotations[(score > least).any(axis=0)] for score, rotations in zip(part, near)]
             near = [grids[level][_within(trees[level], each[:, :, 2], reach)] for each in likely]
             total = templates.sum(y[rows], sigma[rows], **given)
-            part = [total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else np.empty((0, 0))
-                    for label, each in enumerate(near)]
+            part = [
+                total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else np.empty((0, 0))
+                for label, each in enumerate(near)
+            ]
         found.append(_with_poses(total, np.concatenate(near), count * len(grids[-1])))
     return MapPosterior(*(np.concatenate(values) for values in zip(*(vars(each).values() for each in found))))
 

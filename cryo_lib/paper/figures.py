@@ -1,4 +1,4 @@
-"""One style, one colour a method, scale bars in A: how every figure of the repository looks."""
+"""One style, scale bars in A: how every figure of the repository looks."""
 
 from __future__ import annotations
 
@@ -18,40 +18,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 from cryo_lib.files import atomic
 from cryo_lib.networks import models
+from cryo_lib.paper.methods import METHODS
 
-COLOURS = {  # Okabe-Ito and Tol, distinguishable without colour vision in print order
-    "noisy": "#bbbbbb",
-    "average": "#444444",
-    "gaussian": "#999999",
-    "bm3d": "#777777",
-    "ksvd": "#555555",
-    "nlm": "#8c6d46",
-    "cwf": "#5b4a8a",
-    "l2_ae": "#0072b2",
-    "l1_ae": "#56b4e9",
-    "js_l1": "#009e73",
-    "wgan_gp_l1": "#e69f00",
-    "beta_1_1_l1": "#cc79a7",
-    "beta_05_05_l1": "#d55e00",
-    "beta_m05_m05_l1": "#332288",
-    "beta_m1_m1_l1": "#882255",
-    "beta_1_m1_l1": "#999933",
-    "beta_05_m05_l1": "#117733",
-    "beta_01_m01_l1": "#ccae51",
-}
-MARKERS = {
-    "l2_ae": "s",
-    "l1_ae": "o",
-    "js_l1": "v",
-    "wgan_gp_l1": "^",
-    "beta_1_1_l1": "P",
-    "beta_05_05_l1": "D",
-    "beta_m05_m05_l1": "<",
-    "beta_m1_m1_l1": ">",
-    "beta_1_m1_l1": "X",
-    "beta_05_m05_l1": "p",
-    "beta_01_m01_l1": "h",
-}
 WIDTH = 7.0  # inches, two journal columns
 
 
@@ -96,7 +64,7 @@ def letter(ax: Axes, text: str) -> None:
 
 
 def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colour: str = "white") -> None:
-    """A bar of `length` A at the lower left of an image of `image_size` px of `pixel_size` A, with its length written."""
+    """A bar of `length` A at the lower left of an image of `image_size` px of `pixel_size` A, its length written."""
     pixels, margin = length / pixel_size, 0.06 * image_size
     ax.add_patch(Rectangle((margin, image_size - margin), pixels, 0.02 * image_size, color=colour, lw=0))
     ax.text(
@@ -155,8 +123,8 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     Parameters
     ----------
     volume : `(n, n, n)`, [z, y, x]. level : density of the surface.
-    rotation : (3, 3), the viewing orientation in the convention of `projection.project`: x_view = rotation.T @ x_volume;
-        the viewer looks along +z, x to the right and y downwards, as images are shown.
+    rotation : (3, 3), the viewing orientation, as `projection.project` has it: x_view = rotation.T @ x_volume; the
+        viewer looks along +z, x to the right and y downwards, as images are shown.
     pixels : side of the picture.
 
     Returns
@@ -209,12 +177,12 @@ def tint(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def level_holding(volume: np.ndarray, fraction: float) -> float:
-    """The density above which the densest `fraction` of the voxels lie: the surface that encloses that share of the box."""
+    """The density above which the densest `fraction` of the voxels lie: the level of the surface around them."""
     return float(np.quantile(volume, 1 - fraction))
 
 
 def trace(model: torch.nn.Module) -> list[tuple[str, int, tuple[int, ...]]]:
-    """The stages of a network as it really runs: (operation, residual blocks, output shape (c, h, w)) by forward hooks."""
+    """The stages of a network as it runs: (operation, residual blocks, output shape (c, h, w)), by forward hooks."""
     stages: list[tuple[str, int, tuple[int, ...]]] = []
 
     def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -222,8 +190,8 @@ def trace(model: torch.nn.Module) -> list[tuple[str, int, tuple[int, ...]]]:
         shape = tuple((output[0] if level else output).shape[1:])
         conv = module.resample if level else next(m for m in module.modules() if hasattr(m, "kernel_size"))
         transposed = isinstance(conv, torch.nn.ConvTranspose2d)
-        name = f"{'transposed ' if transposed else ''}conv {conv.kernel_size[0]}×{conv.kernel_size[1]}, stride {conv.stride[0]}"
-        stages.append((name, len(module.blocks) if level else 0, shape))
+        name = f"conv {conv.kernel_size[0]}×{conv.kernel_size[1]}, stride {conv.stride[0]}"
+        stages.append(("transposed " * transposed + name, len(module.blocks) if level else 0, shape))
 
     watched = [*model.down, *getattr(model, "up", []), model.last]
     handles = [module.register_forward_hook(hook) for module in watched]
@@ -235,7 +203,7 @@ def trace(model: torch.nn.Module) -> list[tuple[str, int, tuple[int, ...]]]:
 
 
 def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
-    """Draw a network from its trace: a slab a feature map (height: pixels, width: channels), residual blocks, skips.
+    """Draw a network from its trace: a slab a map (height: pixels, width: channels), residual blocks, skips.
 
     `tail` names what follows the last map.
     """
@@ -309,8 +277,8 @@ def show_slices(maps: dict[str, np.ndarray], z: int) -> Figure:
 
 
 def stack_colour(stack: str) -> str:
-    """The colour of a stack's curves: black for clean images, grey for noisy ones, else that of the method that denoised."""
-    return {"clean": "black", "noisy": "#999999"}.get(stack) or COLOURS[stack.split("/")[1]]
+    """The colour of a stack's curves: its method's; a stack is `clean`, `noisy` or `study/method/...`."""
+    return METHODS[stack.split("/")[1] if "/" in stack else stack].colour
 
 
 def reconstructions(
@@ -329,8 +297,8 @@ def reconstructions(
     maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
     labels : stack -> what the legend calls it; those below `halves/`, of two networks, are drawn dashed.
     curves : the rows of `results/<scale>/fsc.csv`.
-    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so. None
-        where it has no part.
+    relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so.
+        None where it has no part.
     stored : `results/<scale>/maps.npz`: `view`, `enclosed` and `pixel_size` are used.
     reference : what the maps are compared with.
     """

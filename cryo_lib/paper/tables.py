@@ -1,4 +1,4 @@
-"""From one value an image to tables: means and standard deviations over seeds, the best marked, the paper's values beside."""
+"""From one value an image to tables: means and sds over seeds, the best marked, the paper's values beside."""
 
 from __future__ import annotations
 
@@ -9,23 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cryo_lib.evaluate import metrics
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.files import atomic
-from cryo_lib.networks.losses import METHODS
+from cryo_lib.paper import methods
 
-METRICS = {"mse": metrics.mse, "psnr": metrics.psnr, "ssim": metrics.ssim}
 HIGHER_IS_BETTER = {"mse": False, "psnr": True, "ssim": True}
 KEYS = ["method", "experiment", "seed"]
-BASELINE_LABELS = {
-    "noisy": "Noisy input",
-    "average": "Average reference",
-    "gaussian": "Gaussian low-pass",
-    "bm3d": "BM3D",
-    "ksvd": "K-SVD",
-    "nlm": "Non-local means",
-    "cwf": "CWF",
-}
-LABELS = BASELINE_LABELS | {name: method.label for name, method in METHODS.items()}
 
 
 def score(x: Any, x_hat: Any, method: str, experiment: str, seed: int | None = None) -> pd.DataFrame:
@@ -33,7 +22,7 @@ def score(x: Any, x_hat: Any, method: str, experiment: str, seed: int | None = N
 
     `x`, `x_hat` as in `metrics.mse`; `seed` None (no randomness) is written as -1.
     """
-    values = {name: metric(x, x_hat) for name, metric in METRICS.items()}
+    values = {name: metric(x, x_hat) for name, metric in SCORES.items()}
     rows = pd.DataFrame({"image": np.arange(len(values["mse"]))} | values)
     for column, value in zip(reversed(KEYS), (-1 if seed is None else seed, experiment, method)):
         rows.insert(0, column, value)
@@ -48,37 +37,35 @@ def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
 
 
 def write_per_image(folder: str | Path, rows: pd.DataFrame) -> list[Path]:
-    """Write `per_image_<metric>.csv`: a row a test image, a column a run (`method/experiment/seed`), for paired tests."""
+    """Write `per_image_<metric>.csv`: a row a test image, a column a run (`method/experiment/seed`)."""
     run = rows["method"] + "/" + rows["experiment"] + rows["seed"].map(lambda s: "" if s < 0 else f"/seed{s}")
-    wide = rows.assign(run=run).pivot(index="image", columns="run", values=list(METRICS))
-    order = list(dict.fromkeys(run))
-    return [
-        write_csv(Path(folder) / f"per_image_{name}.csv", wide[name][order].reset_index(), digits=5) for name in METRICS
-    ]
+    wide = rows.assign(run=run).pivot(index="image", columns="run", values=list(SCORES))
+    order, folder = list(dict.fromkeys(run)), Path(folder)
+    return [write_csv(folder / f"per_image_{name}.csv", wide[name][order].reset_index(), digits=5) for name in SCORES]
 
 
 def over_images(rows: pd.DataFrame, keys: Sequence[str] = KEYS) -> pd.DataFrame:
-    """Mean over the test images of each run, which `keys` name: rows `method, experiment, seed, mse, psnr, ssim, n_images`."""
+    """Mean over the test images of each run, which `keys` name: rows `method, experiment, seed, mse, ..., n_images`."""
     grouped = rows.groupby(list(keys), sort=False)
-    return grouped[list(METRICS)].mean().reset_index().assign(n_images=grouped.size().to_numpy())
+    return grouped[list(SCORES)].mean().reset_index().assign(n_images=grouped.size().to_numpy())
 
 
 def over_seeds(runs: pd.DataFrame, keys: Sequence[str] = KEYS[:2]) -> pd.DataFrame:
-    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, mse, mse_sd, ..., n_seeds`; sd is NaN for n = 1.
+    """Mean and sd (n - 1) over seeds of `over_images`: `method, experiment, mse, ..., mse_sd, ..., n_seeds`.
 
-    `keys` are those of a run but its seed.
+    `keys` are those of a run but its seed. The sd of one seed is NaN.
     """
     grouped = runs.groupby(list(keys), sort=False)
-    means, sds = grouped[list(METRICS)].mean(), grouped[list(METRICS)].std().add_suffix("_sd")
+    means, sds = grouped[list(SCORES)].mean(), grouped[list(SCORES)].std().add_suffix("_sd")
     return means.join(sds).assign(n_seeds=grouped.size()).reset_index()
 
 
 def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """How steady trainings were, a row a run (which `keys` name, as the index): `fall`, `spread`.
 
-    `fall` is the most that validation PSNR (dB) lost from one line of metrics to the next, so it depends on how far apart
-    the lines are; 0 where it never fell. `spread` is the last one: the outputs' variation over images divided by the
-    references', 1 for images as varied as these and 0 for one picture.
+    `fall` is the most that validation PSNR (dB) lost from one line of metrics to the next, so it depends on how far
+    apart the lines are; 0 where it never fell. `spread` is the last one: the outputs' variation over images divided by
+    the references', 1 for images as varied as these and 0 for one picture.
 
     Parameters
     ----------
@@ -90,7 +77,7 @@ def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add `<metric>_best`: True within each experiment for the best mean and all others within its one sd, as in Table 1."""
+    """Add `<metric>_best`: True in each experiment for the best mean and all within its one sd, as in Table 1."""
     summary = summary.copy()
     for name, higher in HIGHER_IS_BETTER.items():
         marks = pd.Series(False, index=summary.index)
@@ -104,7 +91,7 @@ def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell(row: Any, metric: str) -> str:
-    """`mean ± sd` of one metric of a summary row, in the paper's precision, bold where it is marked best; — for nothing."""
+    """`mean ± sd` of one metric of a summary row, in the paper's precision, bold where marked best; — for nothing."""
     value, sd = row[metric], row.get(f"{metric}_sd", np.nan)
     if not np.isfinite(value):
         return "—"
@@ -120,7 +107,7 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
     ----------
     ours : `mark_best(over_seeds(...))` without contaminated experiments.
     paper : `results/preprint/table1.csv`: method, snr, mse, mse_sd, psnr, psnr_sd, ssim, ssim_sd.
-    checkpoints : the five best checkpoints of one run a method and experiment: `method, experiment, psnr` (mean), `psnr_sd`.
+    checkpoints : the five best of one run a method and experiment: `method, experiment, psnr` (mean), `psnr_sd`.
     """
     awgn, clipped = (
         ours[ours["experiment"] == f"{protocol}-{snr:g}-none"].set_index("method") for protocol in ("awgn", "clipped")
@@ -132,9 +119,9 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
         return cell(table.loc[method], metric) if method in table.index else "—"
 
     rows = []
-    for method in [name for name in LABELS if name in awgn.index or name in clipped.index]:
-        row = {"Method": LABELS[method]}
-        for metric in METRICS:
+    for method, known in methods.among([*awgn.index, *clipped.index]).items():
+        row = {"Method": known.label}
+        for metric in SCORES:
             row[f"{metric.upper()}, paper"] = entry(printed, method, metric)
             row[f"{metric.upper()}, ours"] = entry(awgn, method, metric)
         row["PSNR, ours, clipped"] = entry(clipped, method, "psnr")
@@ -144,11 +131,11 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
 
 
 def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
-    """The resolutions of `reconstruction.compare` as strings, a row a stack, named by its path (`study/method/experiment`).
+    """The resolutions of `reconstruction.compare` as strings, a row a stack.
 
-    `truth` is what the maps were compared with.
+    `table`'s index is the stacks' paths, `study/method/experiment`; `truth` is what the maps were compared with.
     """
-    known = LABELS | {"clean": "Clean images", "noisy": "Noisy images"}
+    known = methods.labels() | {"noisy": "Noisy images"}
     words = [name.split("/") for name in table.index]
     described = pd.DataFrame({"Images": [known.get(part := (word[1:2] or word)[0], part) for word in words]})
     described["Networks"] = [

@@ -15,6 +15,7 @@ from benchmarks.plain import PlainLoop
 from benchmarks.sizes import size_of
 from cryo_lib.networks import losses, models
 from cryo_lib.networks.runs import Settings, Trainer
+from cryo_lib.paper import methods
 from cryo_lib.stacks.particles import ParticleStack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +28,9 @@ def test_the_plain_loop_takes_the_steps_of_our_engine(method, double):
     rng = np.random.default_rng(0)
     x = rng.random((8, 32, 32))
     y = x + rng.standard_normal(x.shape)
-    engine = Trainer(losses.Method.parse(method), Settings(width=2, epochs=1, batch_size=4), lambda epoch: (x, y), 0, CPU)
+    engine = Trainer(
+        losses.Method.parse(method), Settings(width=2, epochs=1, batch_size=4), lambda epoch: (x, y), 0, CPU
+    )
     before = copy.deepcopy(engine.generator)
     loop = PlainLoop(
         losses.Method.parse(method), copy.deepcopy(engine.generator), copy.deepcopy(engine.discriminator), x, y, 4, CPU
@@ -145,7 +148,7 @@ def check(folder):
             best = max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
             for row in group["rows"]:
                 ours, plain = (np.array(row["images_per_s"][name]) for name in ("ours", "plain"))
-                label = losses.Method.parse(row["method")].label
+                label = methods.METHODS[row["method"]].label
                 reached = np.median(ours) / group["configuration"]["batch"] * row["iteration"]["flop"] / best
                 cells = f"| {np.median(ours / plain):.2f} (", f"| {reached:.0%} |"
                 lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
 
-from cryo_lib.networks import losses, models
-from cryo_lib.paper import figures, tables
+from cryo_lib.networks import models
+from cryo_lib.paper import figures, methods
 from cryo_lib.simulate import projection
 
 
@@ -82,11 +82,6 @@ def test_the_nearer_of_two_balls_is_in_front():
     assert left > right > 0
 
 
-def test_every_method_has_a_label_and_a_colour():
-    assert set(figures.COLOURS) == set(tables.LABELS) and set(losses.METHODS) == set(figures.MARKERS)
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
-
-
 @pytest.fixture
 def reconstructed():
     """Maps, FSC curves and RELION's report, as `results/<scale>/` holds them, of a box of 16 voxels of 2 A."""
@@ -118,7 +113,7 @@ def test_fsc_panels_hold_every_curve_and_say_that_relion_was_left_out(reconstruc
         styles["label of halves/l2_ae/awgn-0.1-none"] == "--" and styles["label of table1/l2_ae/awgn-0.1-none"] == "-"
     )
     colours = {line.get_color() for line in truth if "l2_ae" in line.get_label()}
-    assert colours == {figures.COLOURS["l2_ae"]}
+    assert colours == {methods.METHODS["l2_ae"].colour}
     for lines, threshold in ((halves, 0.143), (truth, 0.5)):
         assert [threshold] * 2 in [list(line.get_ydata()) for line in lines]
 

@@ -166,7 +166,7 @@ def test_what_counts_of_lambda_is_its_effective_weight(supplement):
 
 
 def test_clipping_accounts_for_the_weak_classical_methods_and_not_for_networks():
-    table = pd.read_csv(RESULTS / "s6_numbers.csv")
+    table = pd.read_csv(RESULTS / "protocols.csv")
     noise = table[table["protocol"].str.startswith("noise") & (table["snr"] == 0.1)].set_index("method")["difference"]
     classical = ["gaussian", "bm3d", "ksvd", "nlm", "cwf"]
     assert (noise[classical] < -5).all() and (noise.drop([*classical, "noisy"]).abs() < 2).all()

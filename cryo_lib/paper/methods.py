@@ -1,0 +1,62 @@
+"""The methods of the paper, one entry each: what tables and figures call them, and how they draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+PAIRS, LEVEL, STACK = "training pairs", "the noise level", "the stack of noisy images"
+NOTHING = "nothing"
+
+
+class Entry(NamedTuple):
+    """What is shown of a method.
+
+    Attributes
+    ----------
+    label : its name in tables and figures, as printed in Table 1. kind : "network" | "classical" | "reference".
+    colour, marker : matplotlib's. needs : what it is told beside the noisy image.
+    """
+
+    label: str
+    kind: str
+    colour: str
+    marker: str
+    needs: str
+
+
+METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's colours, told apart without colour vision
+    "clean": Entry("Clean images", "reference", "#000000", "o", NOTHING),
+    "noisy": Entry("Noisy input", "reference", "#bbbbbb", "o", NOTHING),
+    "average": Entry("Average reference", "reference", "#444444", "o", PAIRS),
+    "gaussian": Entry("Gaussian low-pass", "classical", "#999999", "o", PAIRS),
+    "bm3d": Entry("BM3D", "classical", "#777777", "o", LEVEL),
+    "ksvd": Entry("K-SVD", "classical", "#555555", "o", f"{LEVEL}, {STACK}"),
+    "nlm": Entry("Non-local means", "classical", "#8c6d46", "o", LEVEL),
+    "cwf": Entry("CWF", "classical", "#5b4a8a", "o", f"{LEVEL}, {STACK}"),
+    "l2_ae": Entry("ℓ2-Autoencoder", "network", "#0072b2", "s", PAIRS),
+    "l1_ae": Entry("ℓ1-Autoencoder", "network", "#56b4e9", "o", PAIRS),
+    "js_l1": Entry("(0,0)-GAN + ℓ1", "network", "#009e73", "v", PAIRS),
+    "wgan_gp_l1": Entry("WGANgp + ℓ1", "network", "#e69f00", "^", PAIRS),
+    "beta_1_1_l1": Entry("(1,1)-GAN + ℓ1", "network", "#cc79a7", "P", PAIRS),
+    "beta_05_05_l1": Entry("(.5,.5)-GAN + ℓ1", "network", "#d55e00", "D", PAIRS),
+    "beta_m05_m05_l1": Entry("(−.5,−.5)-GAN + ℓ1", "network", "#332288", "<", PAIRS),
+    "beta_m1_m1_l1": Entry("(−1,−1)-GAN + ℓ1", "network", "#882255", ">", PAIRS),
+    "beta_1_m1_l1": Entry("(1,−1)-GAN + ℓ1", "network", "#999933", "X", PAIRS),
+    "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
+    "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
+}
+
+
+def among(names: Iterable[str]) -> dict[str, Entry]:
+    """The entries of the methods that `names` hold, in the order of tables; ValueError for one that has no entry."""
+    names = set(names)
+    if unknown := sorted(names - set(METHODS)):
+        known = ", ".join(METHODS)
+        raise ValueError(f"method: expected some of {known}, got {', '.join(unknown)}; add it to METHODS in {__name__}")
+    return {name: entry for name, entry in METHODS.items() if name in names}
+
+
+def labels() -> dict[str, str]:
+    """What every method is called in tables and figures."""
+    return {name: entry.label for name, entry in METHODS.items()}
