@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from cryo_lib.paper import report, tables
+from cryo_lib.paper import methods, report
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*"))]
@@ -55,7 +55,7 @@ def test_what_is_committed_is_what_would_be_written(monkeypatch):
 def test_the_readmes_numbers_are_the_results():
     values = pd.read_csv(ROOT / "results" / SCALE / "table1.csv").set_index(["experiment", "method"])
     paper = pd.read_csv(ROOT / "results" / "preprint" / "table1.csv").set_index(["snr", "method"])
-    names = {label: name for name, label in tables.LABELS.items()}
+    names = {label: name for name, label in methods.labels().items()}
     table = README.partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert len(rows) - 2 == sum(experiment == "awgn-0.1-none" for experiment, _ in values.index)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import models
 from cryo_lib.networks.runs import expand
-from cryo_lib.paper import tables
 from cryo_lib.paper.experiments import read_scale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ SHIPPED = ROOT / "weights" / "laptop" / "beta_05_05_l1.safetensors"
 
 @pytest.fixture(scope="module")
 def per_image():
-    return {metric: pd.read_csv(RESULTS / f"per_image_{metric}.csv").set_index("image") for metric in tables.METRICS}
+    return {metric: pd.read_csv(RESULTS / f"per_image_{metric}.csv").set_index("image") for metric in SCORES}
 
 
 def test_every_run_of_the_scale_is_there_and_no_other(per_image):
