@@ -34,12 +34,13 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pandas as pd
-import starfile
 
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.stacks.mrc import BATCH
 from cryo_lib.stacks.particles import CTF_DEFAULTS, DEFOCUS, MICROSCOPE, ParticleStack, write
+from cryo_lib.stacks.star import Star
+from cryo_lib.stacks.star import text as star_text
 
 PARTICLES = "particles.star"  # what `prepare` writes, in the project folder
 COMMON = ("--zero_mask", "--flatten_solvent", "--dont_check_norm", "--dont_combine_weights_via_disc")
@@ -170,7 +171,7 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float, *, c
     optics = stack.optics
     if ctf and (missing := [label for label in MICROSCOPE if label not in optics]):
         optics = optics.join(stack.ctf[missing].groupby(stack.table["rlnOpticsGroup"]).first(), on="rlnOpticsGroup")
-    _write_star(out, optics, table)
+    _write_star(out, {"optics": optics, "particles": table})
     log.write_text(f"{command}\nbackground sd {sd}\n{_DONE}\n")
     return out
 
@@ -189,12 +190,7 @@ def select(folder: str | Path, star: str | Path, rows: Any, name: str = "selecte
     table = stack.table.iloc[np.arange(len(stack))[rows]]
     if table.empty:
         raise ValueError(f"rows: expected some of the {len(stack)} particles of {star}, got none")
-    if (
-        not out.is_file()
-        or out.stat().st_mtime_ns < Path(star).stat().st_mtime_ns
-        or starfile.read(out)["particles"]["rlnImageName"].tolist() != table["rlnImageName"].tolist()
-    ):
-        _write_star(out, stack.optics, table)
+    _write_star(out, {"optics": stack.optics, "particles": table}, newer_than=star)
     return out
 
 
@@ -280,8 +276,7 @@ def classify(
     checked = [_reference(folder, star, name) for name in references]
     if len(checked) > 1:
         chosen = Path(folder) / "classify_references.star"
-        if not chosen.is_file() or starfile.read(chosen)["rlnReferenceImage"].tolist() != checked:
-            starfile.write(pd.DataFrame({"rlnReferenceImage": checked}), chosen, overwrite=True)
+        _write_star(chosen, {"": pd.DataFrame({"rlnReferenceImage": checked})})
         command += ["--ref", chosen.name]
     else:
         command += ["--ref", checked[0]]
@@ -362,8 +357,8 @@ def auto_refine(
     else:
         _expect(folder, "auto_refine", outputs)
     paths = [Path(folder) / output for output in outputs]
-    general = _blocks(paths[4], "model_general")["model_general"]
-    resolution, table = float(general["rlnCurrentResolution"]), _particles(folder, star, outputs[3])
+    resolution = float(_table(paths[4], "model_general")["rlnCurrentResolution"].item())
+    table = _particles(folder, star, outputs[3])
     return Refinement(paths[0], (paths[1], paths[2]), resolution, paths[4], paths[3], table, capped)
 
 
@@ -415,16 +410,15 @@ def post_process(
         raise ValueError(f"threshold: expected a mask around the particle, got {found}; choose another grey level")
     command = ["relion_postprocess", "--i", _inside(folder, refinement.half_maps[0])]
     command += ["--i2", _inside(folder, refinement.half_maps[1]), "--o", name, "--mask", mask, "--angpix", pixel_size]
-    fsc = _blocks(refinement.model, "model_class_1")["model_class_1"]["rlnGoldStandardFsc"]
+    fsc = _table(refinement.model, "model_class_1")["rlnGoldStandardFsc"]
     if randomize_at is None and fsc.iloc[1:].min() >= 0.8:
         randomize_at = 4 * pixel_size
     if randomize_at is not None:
         command += ["--randomize_at_A", checks.number("randomize_at", randomize_at, above=0.0)]
     outputs = [f"{name}.mrc", f"{name}.star"]
     _run(folder, "post_process", command, [*refinement.half_maps, folder / mask], outputs)
-    blocks = _blocks(folder / outputs[1], "general", "fsc")
-    resolution = float(blocks["general"]["rlnFinalResolution"])
-    return PostProcess(folder / outputs[0], folder / mask, resolution, blocks["fsc"])
+    resolution = float(_table(folder / outputs[1], "general")["rlnFinalResolution"].item())
+    return PostProcess(folder / outputs[0], folder / mask, resolution, _table(folder / outputs[1], "fsc"))
 
 
 def reconstruct(
@@ -578,15 +572,14 @@ def _reference(folder: str | Path, star: str | Path, reference: str | Path) -> s
 
 def _classes(folder: str | Path, last: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray]:
     """Maps, occupancies and resolutions (A) of the classes in a model star."""
-    table = _blocks(Path(folder) / f"{last}_model.star", "model_classes")["model_classes"]
-    table = pd.DataFrame([table] if isinstance(table, dict) else table)
+    table = _table(Path(folder) / f"{last}_model.star", "model_classes")
     maps = tuple(Path(folder) / name for name in table["rlnReferenceImage"])
     return maps, table["rlnClassDistribution"].to_numpy(float), table["rlnEstimatedResolution"].to_numpy(float)
 
 
 def _particles(folder: str | Path, star: str | Path, name: str) -> pd.DataFrame:
     """The particles that RELION wrote, put back into the rows of `star`; RELION sorts them as it likes."""
-    table = _blocks(Path(folder) / name, "particles")["particles"].set_index("rlnImageName", drop=False)
+    table = _table(Path(folder) / name, "particles").set_index("rlnImageName", drop=False)
     names = ParticleStack.open(star, project=folder).table["rlnImageName"]
     if sorted(table.index) != sorted(names):
         got = f"{len(table)} that are not the same; run it again"
@@ -594,17 +587,21 @@ def _particles(folder: str | Path, star: str | Path, name: str) -> pd.DataFrame:
     return table.loc[names].reset_index(drop=True)
 
 
-def _write_star(out: Path, optics: pd.DataFrame, particles: pd.DataFrame) -> None:
-    with atomic(out) as part:
-        starfile.write({"optics": optics, "particles": particles}, part, overwrite=True)
+def _write_star(out: Path, tables: dict[str, pd.DataFrame], newer_than: str | Path | None = None) -> None:
+    """Write a star file, unless it stands there already, and is no older than another file."""
+    old = out.is_file() and newer_than and out.stat().st_mtime_ns < Path(newer_than).stat().st_mtime_ns
+    content = star_text(tables)
+    if old or not out.is_file() or out.read_bytes() != content:
+        with atomic(out) as part:
+            part.write_bytes(content)
 
 
-def _blocks(path: Path, *names: str) -> dict[str, Any]:
-    """Tables of a star file; RelionError where one of `names` is not in it."""
-    blocks = starfile.read(path, always_dict=True)
-    if missing := [name for name in names if name not in blocks]:
-        raise RelionError(f"{path}: expected the tables {', '.join(missing)}, got {', '.join(blocks)}; run it again")
-    return blocks
+def _table(path: Path, name: str) -> pd.DataFrame:
+    """A table of a star file that RELION wrote; RelionError where it is not there."""
+    try:
+        return Star(path).table(name)
+    except ValueError as error:
+        raise RelionError(f"{error}; run it again") from error
 
 
 def _program(name: str) -> str:

@@ -11,7 +11,6 @@ place holds a different file of that name:
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import warnings
@@ -29,6 +28,8 @@ from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.simulate.projection import euler_from_rotation, rotation_from_euler
 from cryo_lib.stacks.mrc import BATCH, Images, StackFile, write_stack
+from cryo_lib.stacks.star import Star
+from cryo_lib.stacks.star import text as star_text
 
 ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 ORIGINS = ["rlnOriginXAngst", "rlnOriginYAngst"]
@@ -37,10 +38,6 @@ MICROSCOPE = ["rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"]
 CTF_DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.0}
 
 _PIXEL_TOLERANCE = 0.005  # relative; sources of the pixel size that differ by more disagree
-_BLOCK = re.compile(rb"^data_(\S*)[^\S\n]*(?:#.*)?$", re.MULTILINE)  # a row may begin with data_..., too
-_LOOP = re.compile(rb"\s*(?:#.*\n\s*)*loop_[^\n]*\n\s*((?:_[^\n]*\n\s*)+)")
-_FIELD = re.compile(rb'"[^"]*"|\S+')
-_NO_ROW = re.compile(rb"^[^\S\n]*(?:#.*)?(?:\n|\Z)", re.MULTILINE)  # blank lines and comments
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class ParticleStack:
     optics: pd.DataFrame | None  # the optics groups; RELION 3.0 and .mrcs have none
     images: Images  # lazy, (n, h, w) float32
     pixel_size: float | None  # A; None where no source says it
-    _text: _StarText | None
+    _star: Star | None
 
     @classmethod
     def open(cls, path: str | Path, *, project: Path | str | None = None, pixel_size: Any = None) -> ParticleStack:
@@ -91,7 +88,7 @@ class ParticleStack:
         ValueError : not such a file, missing columns, an image number beyond its stack, damaged or short stacks, mixed
             boxes, pixel sizes that are mixed or disagree.
         """
-        path, text, optics = Path(path), None, None
+        path, star, optics = Path(path), None, None
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a .star, .cs, .mrcs or .mrc file, got no file; check the path")
         suffix = checks.choice(f"{path}: file type", path.suffix, (".star", ".cs", ".mrcs", ".mrc"))
@@ -99,14 +96,14 @@ class ParticleStack:
             file = StackFile.read_header(str(path.absolute()))
             table, images = pd.DataFrame(index=range(file.shape[0])), Images.of(file)
         else:
-            table, optics, text = _read_star(path) if suffix == ".star" else (*_read_cs(path), None)
+            table, optics, star = _read_star(path) if suffix == ".star" else (*_read_cs(path), None)
             images = _find_images(path, table["rlnImageName"], project)
         used = None if optics is None else optics.iloc[np.unique(_optics_rows(path, table, optics, images.shape[2]))]
         if pixel_size is None:
             pixel_size = _pixel_size(path, table, used, images.files)
         else:
             pixel_size = checks.number("pixel_size", pixel_size, above=0.0)
-        return cls(path, table, optics, images, pixel_size, text)
+        return cls(path, table, optics, images, pixel_size, star)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -180,71 +177,12 @@ def contrast_of(stack: ParticleStack, given: str | None = None) -> str:
     return measured
 
 
-@dataclass(frozen=True)
-class _StarText:
-    """A star file as it stands, cut around the rows of its particle table, so that writing changes nothing else."""
-
-    head: bytes
-    rows: bytes
-    tail: bytes
-    image_column: int
-
-    def with_references(self, references: Iterable[str]) -> Iterator[bytes]:
-        """Give the file's text, piece by piece, with the image references replaced."""
-        before = re.compile(rb"\s*(?:(?:%b)\s+){%d}" % (_FIELD.pattern, self.image_column))
-        yield self.head
-        for row, reference in zip(io.BytesIO(self.rows), references, strict=True):
-            start = before.match(row).end()
-            yield row[:start] + reference.encode() + row[_FIELD.match(row, start).end() :].rstrip(b"\n") + b"\n"
-        yield b"\n" + self.tail
-
-
-def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, _StarText]:
-    text = path.read_bytes().replace(b"\r\n", b"\n")
-    marks, blocks = list(_BLOCK.finditer(text)), {}
-    for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(text)]):
-        if loop := _LOOP.match(text, mark.end(), end):
-            columns = [line.split()[0][1:].decode() for line in loop[1].split(b"\n") if line.strip()]
-            blocks[mark[1].decode()] = columns, loop.end(), end
-    named = [name for name, (columns, *_) in blocks.items() if "rlnImageName" in columns]
-    if len(named) != 1 and "particles" not in named:
-        found = "; ".join(f"data_{name} of {', '.join(labels)}" for name, (labels, *_) in blocks.items()) or "no table"
-        raise ValueError(f"{path}: expected one table with rlnImageName, got {found}; is it a star file of particles?")
-    name = "particles" if "particles" in named else named[0]
-    tables = {
-        block: _table(path, block, columns, text[start:end])
-        for block, (columns, start, end) in blocks.items()
-        if block in (name, "optics")
-    }
-    (columns, start, end), (table, rows) = blocks[name], tables[name]
-    if "optics" not in tables and any(mark[1] == b"optics" for mark in marks):
+def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, Star]:
+    star = Star(path)
+    table = star.table(star.find("rlnImageName"))
+    if "optics" in star.blocks and not star.blocks["optics"].loop:
         raise ValueError(f"{path}: expected data_optics as a table, got no loop_ in it; write it as RELION does")
-    star = _StarText(text[:start], rows, text[end:], columns.index("rlnImageName"))
-    return table, tables["optics"][0] if "optics" in tables else None, star
-
-
-def _table(path: Path, name: str, columns: list[str], text: bytes) -> tuple[pd.DataFrame, bytes]:
-    """Parse the rows of a table; return it and their text, without blank lines and comments."""
-    text = _NO_ROW.sub(b"", text)
-    if not text or len(set(columns)) < len(columns):
-        found = f"{columns}, {'rows' if text else 'no rows'}"
-        raise ValueError(f"{path}: data_{name}: expected distinct columns and rows, got {found}; correct the file")
-    for number, row in enumerate(io.BytesIO(text), 1):
-        found = len(row.split() if b'"' not in row else _FIELD.findall(row))
-        if found != len(columns):
-            problem = f"expected {len(columns)} fields, got {found}; the file is damaged or cut short"
-            raise ValueError(f"{path}: data_{name}, row {number}: {problem}")
-    texts = [column for column in columns if column.endswith("Name")]
-    table = pd.read_csv(
-        io.BytesIO(text),
-        sep=r"\s+",
-        names=columns,
-        dtype=dict.fromkeys(texts, str),
-        keep_default_na=False,
-        na_values={column: ["nan", "-nan", "NaN"] for column in columns if column not in texts},
-        encoding_errors="replace",
-    )
-    return table, text
+    return table, star.table("optics") if "optics" in star.blocks else None, star
 
 
 def _read_cs(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -415,15 +353,17 @@ def write(path: str | Path, images: Any, like: ParticleStack, *, project: str | 
         with atomic(stack) as part:
             write_stack(part, images, like.images.shape, like.pixel_size)
         return stack
-    if like._text is None and like.optics is None:
+    if like._star is None and like.optics is None:
         raise ValueError(f"{path}: expected a like with a particle table, got {like.path}; write a .mrcs, or use new()")
     with atomic(star) as star_part, atomic(stack) as part:
         write_stack(part, images, like.images.shape, like.pixel_size)
         with open(star_part, "wb") as file:
-            if like._text is None:
-                file.write(_star_text(like.optics, like.table.assign(rlnImageName=list(references))))
+            if like._star is None:
+                table = like.table.assign(rlnImageName=list(references))
+                file.write(star_text({"optics": like.optics, "particles": table}))
             else:
-                file.writelines(like._text.with_references(references))
+                name = like._star.find("rlnImageName")
+                file.writelines(like._star.replaced(name, "rlnImageName", references))
     return star
 
 
@@ -479,7 +419,8 @@ def new(
         _, h, w = write_stack(part, images, (n, None, None), pixel_size)
         if h != w:
             raise ValueError(f"images: expected square ones, as RELION does, got {h} x {w}; crop or pad them")
-        star_part.write_bytes(_star_text(pd.DataFrame([optics | {"rlnImageSize": w}]), table))
+        optics = pd.DataFrame([optics | {"rlnImageSize": w}])
+        star_part.write_bytes(star_text({"optics": optics, "particles": table}))
     return star
 
 
@@ -495,12 +436,3 @@ def _targets(path: str | Path, n: int, project: str | Path | None) -> tuple[Path
 
 def _references(stack: str, n: int) -> Iterator[str]:
     return (f"{number:06d}@{stack}" for number in range(1, n + 1))
-
-
-def _star_text(optics: pd.DataFrame, particles: pd.DataFrame) -> bytes:
-    text = ""
-    for name, table in (("optics", optics), ("particles", particles)):
-        labels = "".join(f"_{column} #{number}\n" for number, column in enumerate(table.columns, 1))
-        rows = table.to_csv(sep=" ", header=False, index=False, float_format="%.6f", lineterminator="\n")
-        text += f"\n# version 30001\n\ndata_{name}\n\nloop_\n{labels}{rows}\n"
-    return text.encode()
