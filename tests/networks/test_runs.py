@@ -115,7 +115,7 @@ def test_a_grid_leaves_finished_runs_as_they_are(data, tmp_path, capsys):
     tasks = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)]
     folders = data, tmp_path / "o", tmp_path / "s", "cpu"
     runs.run(tasks[0], SMALL, *folders, scores=SCORES)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("generator.*")}
     runs.run_grid(tasks, SMALL, *folders, scores=SCORES)
     assert "1 runs, 1 finished before" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
