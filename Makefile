@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup repro gpu test bench book lab clean
+.PHONY: setup repro gpu test bench book strip lab clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,11 @@ bench: setup
 # One site of the executed notebooks of the scale in params.yaml, to be read without a server: build/book/index.html.
 book: setup
 	python -m cryo_lib.paper.book
+
+# Notebooks as they are committed: without outputs and what editors add.
+strip: setup
+	nbstripout --keep-id --extra-keys "$(addprefix metadata.language_info.,codemirror_mode file_extension mimetype \
+		nbconvert_exporter pygments_lexer version) $(addprefix cell.metadata.,editable jupyter slideshow)" notebooks/*.ipynb
 
 lab: setup
 	jupyter lab
