@@ -27,18 +27,6 @@ def random_rotations(n: int, seed: Any) -> np.ndarray:
     return Rotation.random(checks.integer("n", n, low=1), rng=np.random.default_rng(seed)).as_matrix()
 
 
-def directions(n: int, seed: Any) -> np.ndarray:
-    """Return `(n, 3, 3)` rotations whose viewing directions lie evenly over the sphere, without a turn in the plane.
-
-    A Fibonacci lattice (Swinbank and Purser 2006), turned at random by `seed`, so that grids of several seeds are
-    independent and each direction is uniform.
-    """
-    n = checks.integer("n", n, low=1)
-    height, turn = 1 - (2 * np.arange(n) + 1) / n, np.pi * (1 + 5**0.5) * np.arange(n)
-    lattice = Rotation.from_euler("ZY", np.stack([turn, np.arccos(height)], axis=1)).as_matrix()
-    return random_rotations(1, seed) @ lattice
-
-
 def jittered(rotation: Any, n: int, degrees: float, seed: Any) -> np.ndarray:
     """Return `(n, 3, 3)` rotations near `rotation`: turned about each image axis by angles of sd `degrees`.
 
