@@ -22,7 +22,7 @@ repro: setup
 	@python -m cryo_lib.paper.report
 	@cryo report
 
-# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped. See docs/clusters.md.
+# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped.
 MINUTES ?= 9
 ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
 gpu: setup

@@ -12,6 +12,7 @@ scale=$(sed -n 's/^scale: //p' params.yaml)
 names='scipy|gemmi|finufft|pyyaml|safetensors|pooch|requests|urllib3|certifi|idna|charset-normalizer|platformdirs|packaging|pandas'
 names+='|python-dateutil|six|tzdata|matplotlib|contourpy|cycler|fonttools|kiwisolver|pillow|pyparsing|nbformat|fastjsonschema|jsonschema'
 names+='|jsonschema-specifications|referencing|rpds-py|attrs|traitlets|jupyter_core|typing_extensions'
+names+='|pydantic|pydantic_core|annotated-types|typing-inspection'
 dvc repro structures
 mkdir -p build/wheels
 grep -iE "^($names)==" requirements.lock >build/wheels/requirements.txt

@@ -14,7 +14,7 @@ if [[ ! -d build/wheels/site ]]; then
 fi
 export PYTHONPATH="$PWD:$PWD/build/wheels/site" PYTHONUNBUFFERED=1
 if [[ ! -f data/$scale/rnap/card.json ]]; then
-    python3 -m cryo_lib.paper.notebooks script notebooks/01_simulate_projections.ipynb -p scale "$scale" -s data \
+    python3 -m cryo_lib.paper.notebooks script 01 -p scale "$scale" -s data \
         -p core_chain "$(sed -n 's/^  core_chain: \([A-Za-z0-9]*\).*/\1/p' params.yaml)" \
         -p clamp_chain "$(sed -n 's/^  clamp_chain: \([A-Za-z0-9]*\).*/\1/p' params.yaml)"
 fi
