@@ -117,7 +117,7 @@ def test_every_network_has_learnt_more_than_the_average_particle(particles):
 
 
 def test_particles_at_their_poses_give_the_map_back_and_denoised_ones_stop_at_the_first_ctf_zero():
-    """At the mean defocus of 2 um and 300 kV it lies at sqrt(lambda z) = 20 A; what passes there has turned its contrast."""
+    """At 2 um, the mean defocus, and 300 kV it lies at sqrt(lambda z) = 20 A; what passes there has turned contrast."""
     resolution = pd.read_csv(RESULTS / "particles" / "resolution.csv").set_index("stack")
     nyquist = 2 * read_scale(ROOT / "scales" / "laptop.yaml")["pairs"]["pixel_size"]
     assert resolution.loc["clean"].to_numpy() == pytest.approx(nyquist, rel=1e-3)
@@ -143,7 +143,7 @@ def test_every_run_of_the_supplement_is_there_and_no_other(supplement):
 
 
 def test_gans_need_the_reconstruction_loss(supplement):
-    """Every training without it ends more than 1 dB below every joint one of its method, and below the average reference."""
+    """Every training without it ends over 1 dB below every joint one of its method, and below the average reference."""
     alone = supplement[supplement["study"] == "adversary_alone"]
     for method, rows in alone.groupby("method"):
         joint = supplement[
@@ -156,7 +156,7 @@ def test_gans_need_the_reconstruction_loss(supplement):
 
 
 def test_what_counts_of_lambda_is_its_effective_weight(supplement):
-    """Sums over patches weaken it by their number: at an equal effective weight the trainings agree, at an equal λ not."""
+    """Sums over patches weaken it by their number: at an equal effective weight trainings agree, at an equal λ not."""
     rows = supplement[supplement["study"] == "lambda"].set_index("variant")["psnr"]
     patches = (read_scale(ROOT / "scales" / "laptop.yaml")["data"]["image_size"] // 8 - 3) ** 2
     assert patches == 9
@@ -175,7 +175,7 @@ def test_clipping_accounts_for_the_weak_classical_methods_and_not_for_networks()
 
 
 def test_the_example_of_metrics_against_looks_follows_its_rule():
-    """Recomputed image by image from the table: best in all three metrics, wrong conformation; best FRC, right conformation."""
+    """Recomputed by image from the table: best in all three metrics, conformation wrong; best FRC, it is right."""
     rows, stored = pd.read_csv(RESULTS / "criteria.csv"), np.load(RESULTS / "criteria.npz")
     rows = rows[(rows["seed"] <= 0) & (rows["method"] != "noisy")]
     gaps = {}
