@@ -60,8 +60,8 @@ def memory_ratio(rows: Sequence[Results]) -> float:
 
 
 def changes(measured: Results) -> list[dict[str, Any]]:
-    """What each precision changes against float32: `method`, `precision`, `change` of the mean PSNR (dB), and the standard
-    error of that difference by the seeds' spread, `error`."""
+    """What each precision changes against float32: `method`, `precision`, `change` of the mean PSNR (dB), and the
+    standard error of that difference by the seeds' spread, `error`."""
     by = {(row["method"], row["precision"]): row["psnr"] for row in measured["rows"]}
     return [
         {
@@ -252,9 +252,10 @@ def _accuracy(results: Results) -> str:
         label = METHODS[row["method"]].label
         rows.append({"Method": label, "Precision": row["precision"], "PSNR (dB)": psnr, "Change (dB)": said})
     said = (
-        f"Trainings on {chosen['pairs']:,} projections of the phantom, {chosen['size']} px, SNR 0.1, width {chosen['width']}, "
-        f"{chosen['epochs']} epoch in minibatches of {chosen['batch']}; validation PSNR, mean ± sd over {chosen['seeds']} "
-        "seeds, and the change of the mean against float32 ± its standard error.\n\n"
+        f"Trainings on {chosen['pairs']:,} projections of the phantom, {chosen['size']} px, SNR 0.1, "
+        f"width {chosen['width']}, {chosen['epochs']} epoch in minibatches of {chosen['batch']}; "
+        f"validation PSNR, mean ± sd over {chosen['seeds']} seeds, "
+        "and the change of the mean against float32 ± its standard error.\n\n"
     )
     return f"## Accuracy by precision\n\n{said}" + markdown(pd.DataFrame(rows))
 

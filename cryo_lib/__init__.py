@@ -1,1 +1,1 @@
-"""Robust denoising of cryo-EM images via beta-GAN: models, losses, metrics and what the notebooks need; one module, one job."""
+"""Robust denoising of cryo-EM images via beta-GAN: models, losses, metrics, what notebooks need; a module, a job."""

@@ -42,7 +42,7 @@ def as_images(name: str, value: Any, dtype: type = np.float32) -> np.ndarray:
 
 
 def network_input(images: Any, size: int) -> None:
-    """Raise ValueError unless `images` is a tensor `(n, 1, size, size)`, the input of a network built for `size` pixels."""
+    """Raise ValueError unless `images` is a tensor `(n, 1, size, size)`, as a network built for `size` pixels takes."""
     if images.ndim != 4 or images.shape[1:] != (1, size, size):
         raise ValueError(
             f"images: expected shape (n, 1, {size}, {size}), got {tuple(images.shape)}; this network was built for "
@@ -54,7 +54,8 @@ def same_shape(name_a: str, a: np.ndarray, name_b: str, b: np.ndarray) -> None:
     """Raise ValueError unless arrays `a` and `b` have one shape."""
     if a.shape != b.shape:
         raise ValueError(
-            f"{name_a} and {name_b}: expected the same shape, got {a.shape} and {b.shape}; crop, pad or resample one of them"
+            f"{name_a} and {name_b}: expected the same shape, got {a.shape} and {b.shape}; "
+            "crop, pad or resample one of them"
         )
 
 

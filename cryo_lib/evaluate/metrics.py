@@ -47,9 +47,10 @@ def psnr(x: Any, x_hat: Any, data_range: float = 1.0) -> np.ndarray:
 def ssim(x: Any, x_hat: Any, data_range: float = 1.0) -> np.ndarray:
     """Structural similarity of each image, in [-1, 1].
 
-    Wang et al. 2004 (the paper's reference 38): Gaussian window of sd 1.5 px cut at 11x11, K1 = 0.01, K2 = 0.03, C3 = C2/2,
-    averaged over the windows that lie inside the image. Equal to scikit-image's `structural_similarity(gaussian_weights=True,
-    sigma=1.5, use_sample_covariance=False)`, for a whole stack in one call.
+    Wang et al. 2004 (the paper's reference 38): Gaussian window of sd 1.5 px cut at 11x11, K1 = 0.01, K2 = 0.03,
+    C3 = C2/2, averaged over the windows that lie inside the image. Equal to scikit-image's
+    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`, for a whole stack in one
+    call.
 
     Arguments and errors as `psnr`; images smaller than 11 px are refused.
     """
@@ -75,7 +76,8 @@ def frc(x: Any, x_hat: Any) -> np.ndarray:
     """Fourier ring correlation of each image with its reference, in [-1, 1]: the FSC's counterpart in two dimensions.
 
     Ring s holds the Fourier pixels whose distance from the origin rounds to s, the frequency s / (n pixel size), as the
-    shells of `reconstruction.fsc`. A positive factor on all of a ring does not change it. Source: Saxton and Baumeister 1982.
+    shells of `reconstruction.fsc`. A positive factor on all of a ring does not change it. Source: Saxton and
+    Baumeister 1982.
 
     Arguments and errors as `mse`; images must be square.
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 does what it says: the right losses, the right order, loud failure, and steps that a GPU can be left alone with."""
+"""Algorithm 1 does what it says: the right losses and order, loud failure, and steps to leave a GPU alone with."""
 
 import importlib
 import inspect
@@ -41,7 +41,7 @@ def assert_same_weights(a, b):
 def test_the_256_px_networks_learn_in_the_same_loop(method):
     """Every convolution of both moves, and the reconstruction loss falls."""
     x = np.random.default_rng(1).random((8, 64, 64), np.float32)
-    settings = varied(SMALL, dict(architecture="resnet256", batch_size=4, eta_g=1e-3))
+    settings = varied(SMALL, {"architecture": "resnet256", "batch_size": 4, "eta_g": 1e-3})
     t = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, x + 0.1), 0, CPU)
     kernels = [p for network in (t.generator, t.discriminator) for p in network.parameters() if p.ndim == 4]
     before = [kernel.detach().clone() for kernel in kernels]
@@ -51,7 +51,7 @@ def test_the_256_px_networks_learn_in_the_same_loop(method):
 
 def test_an_autoencoder_step_is_adam_on_the_reconstruction_loss(double):
     """Algorithm 1 without a discriminator, replayed by plain torch."""
-    t = trainer("l2_ae", varied(SMALL, dict(k_g=2)))
+    t = trainer("l2_ae", varied(SMALL, {"k_g": 2}))
     x, y, mix = minibatch(t)
     twin = models.ResNetGenerator(32, 2)
     twin.load_state_dict(t.generator.state_dict())
@@ -68,7 +68,7 @@ def test_an_autoencoder_step_is_adam_on_the_reconstruction_loss(double):
 @pytest.mark.parametrize("method", ["js_l1", "wgan_gp_l1"])
 def test_a_gan_step_is_k_d_updates_of_d_then_k_g_of_g(method, double):
     """Algorithm 1 written out line by line, with G(y) computed anew for every update."""
-    s = varied(SMALL, dict(k_d=2, k_g=2, adversarial_reduction="sum"))
+    s = varied(SMALL, {"k_d": 2, "k_g": 2, "adversarial_reduction": "sum"})
     t = trainer(method, s)
     x, y, mix = minibatch(t)
     g, d = models.ResNetGenerator(32, 2), models.ResNetDiscriminator(32, 2)
@@ -107,14 +107,15 @@ def test_each_epoch_visits_every_pair_once_in_an_order_of_its_own():
 
 
 def test_contaminated_minibatches_stay_together():
-    batches = trainer(settings=varied(SMALL, dict(unit="minibatch"))).epoch_batches(0)
+    batches = trainer(settings=varied(SMALL, {"unit": "minibatch"})).epoch_batches(0)
     assert sorted(batch.tolist() for batch in batches) == [list(range(i, min(i + 4, 18))) for i in range(0, 18, 4)]
 
 
 def test_rates_fall_linearly_to_zero_over_the_last_share():
-    t = trainer(settings=varied(SMALL, dict(decay=0.5)))
+    t = trainer(settings=varied(SMALL, {"decay": 0.5}))
     rates = []
-    for t.iteration in range(t.iterations):
+    for iteration in range(t.iterations):
+        t.iteration = iteration
         t._set_rates()
         rates.append(t.optimise_g.param_groups[0]["lr"] / SMALL.eta_g)
     np.testing.assert_allclose(rates, np.minimum(1, (1 - np.arange(10) / 10) / 0.5))
@@ -134,10 +135,10 @@ def test_batch_norm_statistics_are_those_of_the_present_weights():
 
 
 def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
-    """Stopped at its second line of metrics, a training goes on from there, and ends where an uninterrupted one does."""
+    """Stopped at its second line of metrics, a training goes on from there and ends where an uninterrupted one does."""
     counts, ends = [], []
     for stop in (None, 2, None):
-        t = trainer("js_l1", varied(SMALL, dict(decay=0.5)))
+        t = trainer("js_l1", varied(SMALL, {"decay": 0.5}))
         step, steps, lines = t.step, [], []
         t.step = lambda *minibatch, step=step, steps=steps: steps.append(1) or step(*minibatch)
 
@@ -158,7 +159,7 @@ def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_reason(tmp_path):
-    t = trainer("l2_ae", varied(SMALL, dict(eta_g=0.5)))
+    t = trainer("l2_ae", varied(SMALL, {"eta_g": 0.5}))
     t.generator.last[0].weight.data.fill_(math.nan)
     with pytest.raises(TrainingError, match=r"loss_g.* not finite at iteration 3 of 10; lower eta_g \(0.5\)"):
         t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": 1.0})
@@ -176,7 +177,7 @@ def test_a_collapse_stops_with_the_reason(tmp_path):
     "spreads, failed", [([0.5, 0.5, 0.001, 0.001, 0.001], True), ([0.5, 0.5, 0.001, 0.001, 0.4], False)]
 )
 def test_recorded_a_collapse_is_trained_on_and_told_where_the_run_ends_so(spreads, failed, tmp_path):
-    t, values = trainer("l1_ae", varied(SMALL, dict(on_failure="record"))), iter(spreads)
+    t, values = trainer("l1_ae", varied(SMALL, {"on_failure": "record"})), iter(spreads)
     t.train(tmp_path / "state.pt", lambda model: {"psnr": 1.0, "spread": next(values)})
     assert t.iteration == t.iterations and [line["spread"] for line in t.history] == spreads
     told = t.collapse(t.history[-1]["spread"])
@@ -239,7 +240,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """A device without memory, on which a step runs in full and any wait for a value is an error; Adam's kernel is let there."""
+    """A device without memory: a step runs on it in full; a wait for a value is an error. Adam's kernel is let in."""
     for name in ("torch.optim.adam", "torch.optim.optimizer"):
         if hasattr(module := importlib.import_module(name), "_get_fused_kernels_supported_devices"):
             monkeypatch.setattr(module, "_get_fused_kernels_supported_devices", lambda: ["meta"])
@@ -261,10 +262,10 @@ def test_a_step_never_waits_for_the_device(method, meta):
 
 @pytest.mark.parametrize("method", ["l2_ae", "beta_05_05_l1", "wgan_gp_l1"])
 def test_bf16_steps_are_those_of_float32_but_for_rounding(method):
-    """The losses at the initial weights agree to 2 %, though not to the bit; weights and Adam's moments stay float32."""
+    """The losses at the initial weights agree to 2 % but not to the bit; weights and Adam's moments stay float32."""
     found = {}
     for precision in ("float32", "bf16"):
-        t = trainer(method, varied(SMALL, dict(precision=precision, width=4, k_g=1)))
+        t = trainer(method, varied(SMALL, {"precision": precision, "width": 4, "k_g": 1}))
         found[precision] = t.step(*minibatch(t))
         kept = [*t.generator.parameters(), *(m for state in t.optimise_g.state.values() for m in state.values())]
         assert all(value.dtype == torch.float32 for value in kept)
@@ -289,8 +290,9 @@ def test_the_arithmetic_of_a_gpu_is_set_for_a_training_and_set_back():
 @pytest.mark.parametrize("method", ["l1_ae", "js_l1", "wgan_gp_l1"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_replayed_steps_are_the_eager_ones(method, resumed, double, tmp_path, monkeypatch):
-    """With the capture emulated (a replay calls the step on the same tensors and fills the same outputs), for the rest is ours:
-    the warm-up leaves no trace in weights, statistics and moments, inputs and rates reach the step, the last minibatch fits."""
+    """The warm-up leaves no trace in weights, statistics and moments, inputs and rates reach the step, and the last
+    minibatch fits. Only the capture, which is not ours, is emulated: a replay calls the step on the same tensors and
+    fills the same outputs."""
 
     def capture(step, device):
         saved = [value.clone() for value in t._state()]
@@ -307,7 +309,7 @@ def test_replayed_steps_are_the_eager_ones(method, resumed, double, tmp_path, mo
 
     monkeypatch.setattr(replay, "_warm_up", lambda step, device: [step() for _ in range(replay.WARM_UP)])
     monkeypatch.setattr(replay, "_capture", capture)
-    settings, ends = varied(SMALL, dict(decay=0.5)), []
+    settings, ends = varied(SMALL, {"decay": 0.5}), []
     for captures in (False, True):
         t = trainer(method, settings)
         t._captures = captures
@@ -346,7 +348,7 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method):
     x, ends = np.random.default_rng(1).random((18, 32, 32), np.float32), []
     noisy = torch.as_tensor(x[:, None] + 0.1).cuda()
     for cuda_graph in (False, True):
-        settings = varied(SMALL, dict(cuda_graph=cuda_graph, eta_g=1e-3))
+        settings = varied(SMALL, {"cuda_graph": cuda_graph, "eta_g": 1e-3})
         t = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, x + 0.1), 0, torch.device("cuda"))
         t.advance(1)
         (taken,) = t._minibatches(0, slice(1, 2))

@@ -135,7 +135,7 @@ def test_the_convolutional_networks_keep_the_size_and_score_patches(size, patche
 
 
 def test_the_convolutional_generator_has_four_levels_and_neither_skips_nor_residual_blocks():
-    """At width 64 its widths are 64, 128, 256, 512, and with its bottleneck silenced the output knows nothing of the input."""
+    """At width 64 its widths are 64, 128, 256, 512; its bottleneck silenced, the output knows nothing of the input."""
     model = models.ConvGenerator(128)
     down = [m.out_channels for m in model.modules() if type(m) is torch.nn.Conv2d]
     up = [m.out_channels for m in model.modules() if type(m) is torch.nn.ConvTranspose2d]

@@ -1,4 +1,4 @@
-"""Two processes that torchrun starts compute what one does: trainings, denoised stacks, and the sums these are made of."""
+"""Two processes that torchrun starts compute what one does: trainings, denoised stacks and the sums they rest on."""
 
 import json
 import os
@@ -37,7 +37,7 @@ from cryo_lib.networks.runs import Run
 
 
 def torchrun(logs, *words, cwd=ROOT):
-    """Run Python (a file, or -m and a module) in two processes that work together by gloo; what each printed, below `logs`."""
+    """Run Python (a file, or -m and a module) in two processes joined by gloo; what each printed, kept below `logs`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--redirects", "1", "--log-dir", logs, *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(cwd)}
@@ -98,13 +98,14 @@ score = (norm(mine) ** 3).sum(dim=(1, 2, 3))
 penalty = (slope.flatten(1).norm(dim=1) - 1).square().sum()
 penalty.backward()
 parallel.sum_gradients(norm.parameters())
-found = {"slope": slope.detach(), "penalty": parallel.total(penalty.detach()), "gradient": norm.weight.grad, "second": mine.grad}
+found = {"slope": slope.detach(), "penalty": parallel.total(penalty.detach())}
+found |= {"gradient": norm.weight.grad, "second": mine.grad}
 torch.save(found | norm.state_dict(), f"{sys.argv[1]}.{parallel.rank()}")
 """
 
 
 def test_batch_norm_of_two_processes_is_that_of_the_whole_batch_to_the_second_derivative(script, tmp_path):
-    """Slopes of the scores with respect to images, the penalty on them, and its gradients, as WGANgp needs them; running sums."""
+    """Slopes of the scores by images, the penalty on them and its gradients, as WGANgp needs them; running sums."""
     program = script(BATCH_NORM)
     torchrun(tmp_path / "logs", program, tmp_path / "two")
     subprocess.run([sys.executable, program, tmp_path / "one"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -139,8 +140,10 @@ TRAIN = """
 import sys, numpy, torch
 torch.set_default_dtype(torch.float64)
 x = numpy.random.default_rng(1).random((11, 32, 32))
-for method, architecture in (("l1_ae", "resnet"), ("beta_05_05_l1", "resnet"), ("wgan_gp_l1", "resnet"), ("wgan_gp_l1", "pggan")):
-    settings = Settings(architecture=architecture, width=2, epochs=2, batch_size=4, log_every=2, eta_g=1e-3, calibration=11)
+given = {"width": 2, "epochs": 2, "batch_size": 4, "log_every": 2, "eta_g": 1e-3, "calibration": 11}
+resnets = [(method, "resnet") for method in ("l1_ae", "beta_05_05_l1", "wgan_gp_l1")]
+for method, architecture in [*resnets, ("wgan_gp_l1", "pggan")]:
+    settings = Settings(architecture=architecture, **given)
     trainer = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, x + 0.1), 0, torch.device("cpu"))
     checkpoint = __import__("pathlib").Path(f"{sys.argv[1]}.{method}.{architecture}")
     trainer.train(checkpoint, lambda model: {"spread": 1.0, "psnr": 1.0})
@@ -148,7 +151,7 @@ for method, architecture in (("l1_ae", "resnet"), ("beta_05_05_l1", "resnet"), (
 
 
 def test_two_processes_train_as_one_on_the_same_minibatches(script, tmp_path):
-    """All methods, minibatches that do not divide evenly: the same losses, weights and batch-norm statistics but for rounding."""
+    """All methods, minibatches of uneven parts: the same losses, weights and batch-norm statistics but for rounding."""
     program = script(TRAIN)
     torchrun(tmp_path / "logs", program, tmp_path / "two")
     subprocess.run([sys.executable, program, tmp_path / "one"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})

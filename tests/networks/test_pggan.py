@@ -52,7 +52,7 @@ def test_networks_keep_the_images_size_at_every_stage_and_use_no_level_above_the
 
 @pytest.mark.parametrize("build", [pggan.Generator, pggan.Discriminator])
 def test_a_new_level_fades_in_without_a_jump(build):
-    """Just after a level is added the network is what it was just before, and at the end of the fade nothing jumps either."""
+    """Just after a level is added the network is what it was before; at the end of the fade nothing jumps either."""
     torch.manual_seed(0)
     network, images = build(32, 2).double(), torch.rand(2, 1, 32, 32, dtype=torch.float64)
     span = pggan.GROWTH / 3
@@ -105,7 +105,7 @@ def test_the_critic_tells_a_batch_of_copies_from_a_varied_one():
 
 
 def test_the_critics_slope_is_that_of_images_at_full_size_at_every_level():
-    """A picture made of the lowest level's pixels has one slope, whether the critic sees it at that level or at full size."""
+    """A picture of the lowest level's pixels has one slope, seen by the critic at that level or at full size."""
     critic = pggan.Discriminator(8, 2).double()
     images = (
         torch.rand(3, 1, 4, 4, dtype=torch.float64).repeat_interleave(2, 2).repeat_interleave(2, 3).requires_grad_()

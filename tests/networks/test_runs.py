@@ -53,8 +53,8 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data
         "from cryo_lib.evaluate.metrics import SCORES;"
         "torch.set_num_threads(1);"
         f"s = runs.Settings(width=2, epochs=30, batch_size=4, log_every=5);"
-        f"runs.run(runs.Run('{method}', 'awgn-0.5-A_0.3', 3), s, Path({str(data)!r}), Path(sys.argv[1]), Path(sys.argv[2]), 'cpu',"
-        "scores=SCORES)"
+        f"runs.run(runs.Run('{method}', 'awgn-0.5-A_0.3', 3), s, Path({str(data)!r}), Path(sys.argv[1]),"
+        "Path(sys.argv[2]), 'cpu', scores=SCORES)"
     )
     whole, cut, scratch = tmp_path / "whole", tmp_path / "cut", tmp_path / "scratch"
     process = subprocess.Popen([sys.executable, "-c", program, str(cut), str(scratch)])
@@ -81,7 +81,7 @@ def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, 
         folders.add(runs.state_of(tmp_path, runs.configuration_of(task, settings, dataset, CPU, SCORES)))
 
     add(SMALL)
-    add(varied(SMALL, dict(lam=1.0)))
+    add(varied(SMALL, {"lam": 1.0}))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 5.0}))
     add(SMALL)
     monkeypatch.setattr(runs, "closure", lambda source: "other code")
@@ -94,7 +94,7 @@ def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(dat
     assert not runs.finished(task, SMALL, data, out, SCORES)
     runs.run(task, SMALL, data, out, tmp_path / "s", "cpu", scores=SCORES)
     assert runs.finished(task, SMALL, data, out, SCORES)
-    assert not runs.finished(task, varied(SMALL, dict(eta_g=0.02)), data, out, SCORES)
+    assert not runs.finished(task, varied(SMALL, {"eta_g": 0.02}), data, out, SCORES)
     assert not runs.finished(replace(task, seed=1), SMALL, data, out, SCORES)
     (out / task.folder / "generator.safetensors").unlink()
     assert not runs.finished(task, SMALL, data, out, SCORES)
@@ -185,12 +185,12 @@ def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card
         return step(self, *minibatch)
 
     monkeypatch.setattr(Trainer, "step", breaks)
-    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, dict(log_every=2))
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, {"log_every": 2})
     with pytest.raises(TrainingError, match="not finite at iteration 8"):
         runs.run(task, settings, data, tmp_path / "stop", tmp_path / "s1", "cpu", scores=SCORES)
     runs.run(
         task,
-        varied(settings, dict(on_failure="record")),
+        varied(settings, {"on_failure": "record"}),
         data,
         tmp_path / "record",
         tmp_path / "s2",
@@ -206,7 +206,7 @@ def test_recorded_a_run_that_breaks_ends_with_its_last_finite_state_and_its_card
 
 def test_recorded_a_run_that_breaks_at_once_is_the_untrained_network(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda self, *minibatch: {"loss_g": torch.tensor(math.nan)})
-    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, dict(on_failure="record"))
+    task, settings = Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, {"on_failure": "record"})
     runs.run(task, settings, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES)
     card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
     x = np.load(data / "x_train.npy")

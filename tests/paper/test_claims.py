@@ -81,11 +81,8 @@ def test_a_row_says_what_was_found_and_how():
     assert row["Ours"] == f"difference {pairs[0].difference:.3g} dB, 1 of 2 comparisons not run"
     assert row["Holds"] == "undecided" and row["Test"].startswith("t-test over 2 seeds; p = ")
     assert claims.row("a", "b", [claims.compare({}, {})])["Ours"] == "no runs, 1 of 1 comparisons not run"
-    assert [claims.counted("a", "b", holds, "", "")["Holds"] for holds in (True, False, None)] == [
-        "yes",
-        "no",
-        "undecided",
-    ]
+    found = [claims.counted("a", "b", holds, "", "")["Holds"] for holds in (True, False, None)]
+    assert found == "yes no undecided".split()
 
 
 def test_per_image_tables_are_read_by_run(tmp_path):
@@ -127,15 +124,8 @@ def test_every_claim_is_weighed_where_most_runs_are_missing(tmp_path, monkeypatc
         (folder / name).mkdir(parents=True)
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "results" / "preprint").symlink_to(ROOT / "results" / "preprint")
-    for name in (
-        "criteria.npz",
-        "criteria.csv",
-        "fsc.csv",
-        "resolution.csv",
-        "particles/fsc.csv",
-        "particles/resolution.csv",
-        "assignment.csv",
-    ):
+    names = "criteria.npz criteria.csv fsc.csv resolution.csv particles/fsc.csv particles/resolution.csv assignment.csv"
+    for name in names.split():
         (folder / name).symlink_to(laptop / name)
     for name in ("best_checkpoints.csv", "supplement/metrics.csv"):
         few(pd.read_csv(laptop / name), scale).to_csv(folder / name, index=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
+import threading
 from pathlib import Path
 
 import mrcfile
@@ -349,18 +349,23 @@ def test_odd_boxes_keep_their_centre():
 
 def test_the_first_transform_of_a_projection_is_alone(monkeypatch):
     """Two at once can crash a process whose finufft has not been called before."""
-    transform, spans = projection.finufft.nufft3d2, []
+    transform, lock, overlap = projection.finufft.nufft3d2, threading.Lock(), threading.Event()
+    running, seen = set(), []  # the calls under way, and for each call those under way as it began
 
     def watched(*arguments, **options):
-        started = time.monotonic()
-        time.sleep(0.05)
+        with lock:
+            running.add(call := len(seen))
+            seen.append(set(running))
+            if len(running) > 1:
+                overlap.set()
+        overlap.wait(20 if call else 0.2)  # the first gives another the chance to begin, which none may take
         found = transform(*arguments, **options)
-        spans.append((started, time.monotonic()))
+        with lock:
+            running.remove(call)
         return found
 
     monkeypatch.setattr(projection.finufft, "nufft3d2", watched)
     volume = np.random.default_rng(0).random((8, 8, 8), np.float32)
     projection.project(volume, projection.random_rotations(12, 0), batch=2, threads=4)
-    (_, first_ended), *others = sorted(spans)
-    assert len(others) == 5 and all(started >= first_ended for started, _ in others)
-    assert others[1][0] < others[0][1], "the others run side by side"
+    assert len(seen) == 6 and not any(0 in found for found in seen[1:])
+    assert overlap.is_set(), "the others run side by side"
