@@ -107,10 +107,10 @@ class _Bare(ast.NodeTransformer):
 
 
 def closure(source: str) -> str:
-    """Python code, and that of every module of this library that it imports, all the way down, without docstrings and comments.
+    """Python code with that of every module of this library that it imports, all the way down; no docstrings, no comments.
 
-    It changes where what the code does may change, and nowhere else: what a stage of the pipeline depends on, and of what a
-    checkpoint's card holds the digest. Data that the code reads is not in it.
+    It changes where what the code does may change, and nowhere else: what a stage of the pipeline depends on, and of
+    what a checkpoint's card holds the digest. Data that the code reads is not in it.
 
     ValueError for a relative import, which names no module.
     """
@@ -138,7 +138,8 @@ def _imported(tree: ast.Module, name: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 raise ValueError(
-                    f"{name or 'code'}: expected imports by full name, got a relative one in line {node.lineno}; write it out"
+                    f"{name or 'code'}: expected imports by full name, got a relative one in line {node.lineno}; "
+                    "write it out"
                 )
             if node.module.split(".")[0] == __package__:
                 yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))

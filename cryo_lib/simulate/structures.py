@@ -107,7 +107,8 @@ def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
         ) from error
     except (aiohttp.ClientError, TimeoutError) as error:
         raise ConnectionError(
-            f"fetch {url}: expected a whole file, got {type(error).__name__} ({error}); check the network and run again, or {way_out}"
+            f"fetch {url}: expected a whole file, got {type(error).__name__} ({error}); check the network and run "
+            f"again, or {way_out}"
         ) from error
     except ValueError as error:
         raise ValueError(

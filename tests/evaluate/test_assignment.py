@@ -19,7 +19,7 @@ def test_agreement_does_not_depend_on_names_and_is_zero_by_chance():
 
 
 def test_agreement_matches_hand_counts():
-    """Two classes of 4; clusters {3 of the first, 1 of the second} and {1, 3}: accuracy 6/8; Rand index 16/28, corrected."""
+    """Two classes of 4; clusters {3 of the first, 1 of the second}, {1, 3}: accuracy 6/8, Rand index 16/28."""
     scores = assignment.agreement([0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1, 1, 1])
     pairs, expected = 3 + 0 + 0 + 3, 12 * 12 / 28
     assert scores["accuracy"] == 0.75 and scores["ari"] == pytest.approx((pairs - expected) / (12 - expected))

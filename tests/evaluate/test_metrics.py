@@ -79,7 +79,7 @@ def test_fourier_ring_correlation_is_that_of_its_definition():
 
 
 def test_no_radial_filter_changes_the_fourier_ring_correlation():
-    """Nearly: a ring one pixel wide holds frequencies that a smooth filter weights nearly alike; a step between rings is exact."""
+    """Nearly: a smooth filter weights the frequencies of a ring nearly alike; a step between rings is exact."""
     rng = np.random.default_rng(0)
     x = rng.random((3, 32, 32))
     y = x + rng.normal(0, 1.0, x.shape)

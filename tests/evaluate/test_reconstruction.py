@@ -334,7 +334,7 @@ def test_agrees_with_relion_on_images_with_ctf(clean, tmp_path):
 @needs_relion
 @pytest.mark.parametrize("n", [32, 33])
 def test_fsc_is_relions(n, tmp_path, monkeypatch):
-    """The same shells; RELION counts the plane k_x = 0 with its mates, twice as much as the rest: with that, its numbers."""
+    """The same shells; RELION counts the plane k_x = 0 with its mates, twice as much as the rest: so do we here."""
     a, b = blobs(n, 0, 0.7), blobs(n, 0, 0.7) + 0.5 * blobs(n, 1, 0.7)
     for name, volume in (("a", a), ("b", b)):
         mrc.write_map(tmp_path / f"{name}.mrc", volume, 2.0)

@@ -384,10 +384,7 @@ def test_an_all_too_short_file_is_named(server, tmp_path, path, size):
 def test_a_server_that_sends_no_parts_of_files_is_named(server, tmp_path):
     server.ranges = False
     require_refused(
-        server,
-        tmp_path,
-        ValueError,
-        "shiny_2sets.star, got another content .*server doesn.t appear to support range",
+        server, tmp_path, ValueError, "shiny_2sets.star, got another content .*server doesn.t appear to support range"
     )
 
 
