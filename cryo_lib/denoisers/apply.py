@@ -32,16 +32,16 @@ def denoise_stack(
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
 
-    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn, each on
-    its own GPU, and the first one writes.
+    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn,
+    each on its own GPU, and the first one writes.
 
     Parameters
     ----------
-    model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to the
-        same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
+    model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to
+        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
-    out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only the
-        image reference changes.
+    out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
+        the image reference changes.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -102,8 +102,8 @@ def fit(
     """Return a denoiser of a stack's own images by a network that was trained on others, for `denoise_stack`.
 
     Each image is given the background mean and sd of the images that the network was trained on (its card's). Where
-    `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond the
-    network's box it has the mean of its background.
+    `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond
+    the network's box it has the mean of its background.
 
     Parameters
     ----------
@@ -135,8 +135,8 @@ def fit(
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
     if RESIZES.index(checks.choice("resize", resize, RESIZES)) < RESIZES.index(needed):
         raise ValueError(
-            f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got {height} x "
-            f"{box} px of {own:g} A; allow resize {needed}, or train a network for this size"
+            f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got "
+            f"{height} x {box} px of {own:g} A; allow resize {needed}, or train a network for this size"
         )
     contrast, own = contrast_of(stack, contrast), scale if same_scale else own
 

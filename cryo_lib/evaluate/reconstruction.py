@@ -91,8 +91,8 @@ def reconstruct(
     """Return the volume whose projections at known poses, through the CTF if one is given, are closest to the images.
 
     Minimises ||A v - y||^2 + `regularisation` n ||v||^2 over volumes v inside the sphere inscribed in the box, A being
-    `projection.project` and the CTF, the misfit taken up to Nyquist. Images are read in batches: memory does not grow with
-    their number.
+    `projection.project` and the CTF, the misfit taken up to Nyquist. Images are read in batches: memory does not grow
+    with their number.
 
     Parameters
     ----------
@@ -215,12 +215,13 @@ def _normal_equations(
         return back_projection.real, kernel.real
 
     size = max(1, POINTS // len(twice))
-    batches = (rows[start : start + size] for start in range(0, len(rows), size))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     total = _NormalEquations(np.zeros((n,) * 3, np.float32), np.zeros((2 * n,) * 3, np.float32))
     with ThreadPoolExecutor(threads) as pool:
-        for back_projection, kernel in pool.map(of_batch, batches):
-            total.back_projection += back_projection
-            total.kernel += kernel
+        for start in range(0, len(batches), threads):  # no more at a time, or what is made may wait to be added
+            for back_projection, kernel in pool.map(of_batch, batches[start : start + threads]):
+                total.back_projection += back_projection
+                total.kernel += kernel
     return total
 
 
@@ -350,7 +351,7 @@ def low_pass(volume: Any, resolution: float, pixel_size: float) -> np.ndarray:
 def compare(
     maps: Mapping[str, Sequence[Any]], truth: Any, mask: Any, pixel_size: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the Fourier shell correlations of several maps, between their halves and against the truth, and resolutions.
+    """Return Fourier shell correlations of several maps, between their halves and against the truth, and resolutions.
 
     Parameters
     ----------
@@ -378,6 +379,6 @@ def compare(
 
 
 def shown(volume: Any, resolution: float, pixel_size: float) -> np.ndarray:
-    """Return a volume as one would show it, `(n, n, n)` uint8: low-passed to its resolution, at most a quarter of the box."""
+    """Return a volume as one shows it, `(n, n, n)` uint8: low-passed to its resolution, or a quarter of the box."""
     smooth = low_pass(volume, min(resolution, len(volume) * pixel_size / 4), pixel_size)
     return np.round(255 * np.clip(smooth / smooth.max(), 0, 1)).astype(np.uint8)

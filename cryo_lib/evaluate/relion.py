@@ -248,7 +248,6 @@ def classify(
     *,
     classes: int = 2,
     iterations: int = 25,
-    tau2_fudge: float = 4.0,
     ini_high: float = 60.0,
     healpix_order: int = 2,
     oversampling: int = 1,
@@ -282,7 +281,7 @@ def classify(
         command += ["--ref", checked[0]]
     iterations = checks.integer("iterations", iterations, low=1)
     command += ["--firstiter_cc", "--ini_high", checks.number("ini_high", ini_high, above=0.0), "--K", classes]
-    command += ["--iter", iterations, "--tau2_fudge", checks.number("tau2_fudge", tau2_fudge, above=0.0), "--pad", 2]
+    command += ["--iter", iterations, "--tau2_fudge", 4.0, "--pad", 2]
     command += _sampling(healpix_order, oversampling, offset_range)
     last = f"classify/run_it{iterations:03d}"
     _run(folder, "classify", command, [star, *references], [f"{last}_model.star", f"{last}_data.star"])
@@ -363,29 +362,22 @@ def auto_refine(
 
 
 def post_process(
-    folder: str | Path,
-    refinement: Refinement,
-    *,
-    threshold: float | None = None,
-    lowpass: float = 15.0,
-    extend: int = 1,
-    soft_edge: int = 3,
-    randomize_at: float | None = None,
-    threads: int = 1,
+    folder: str | Path, refinement: Refinement, *, threshold: float | None = None, threads: int = 1
 ) -> PostProcess:
     """Mask the half-maps, correct their FSC for the mask by phase randomisation, and weight the map by it.
 
     No sharpening: a B factor is fitted beyond 10 A, which maps of these boxes do not reach. Of denoised images the FSC
     of half-maps is no resolution: the network saw both halves. Compare with the truth, too.
 
+    The mask begins where the map, low-passed to 15 A or two voxels, passes the threshold; it is one voxel wider, with a
+    soft edge of three (RELION's window has more, for finer voxels: at 6.4 A, 3 and 6 fill most of the box). Phases are
+    randomised from where the half-maps' FSC falls below 0.8; where it never does, as from clean images (RELION stops
+    there), from four voxels on: half the Nyquist frequency.
+
     Parameters
     ----------
     threshold : grey level of the low-passed map at which the mask begins; None is a fifth of the map's 99.9th
         percentile: 8 to 10 % of the phantom's box (RELION's window has 0.02, to be set anew for each map).
-    lowpass : A, before the threshold; at least two voxels are taken.
-    extend, soft_edge : voxels; RELION's window has more, for finer ones: at 6.4 A, 3 and 6 fill most of the box.
-    randomize_at : A from which on phases are randomised; None is where the half-maps' FSC falls below 0.8, or, where it
-        never does, as from clean images (RELION stops there), four voxels: half the Nyquist frequency.
 
     Raises
     ------
@@ -395,13 +387,20 @@ def post_process(
     with mrcfile.open(refinement.map, permissive=True) as map_file:
         volume, pixel_size = map_file.data.copy(), float(map_file.voxel_size.x)
     threshold = 0.2 * float(np.percentile(volume, 99.9)) if threshold is None else checks.number("threshold", threshold)
-    lowpass = max(checks.number("lowpass", lowpass, above=0.0), 2 * pixel_size)
     (folder / "post_process").mkdir(exist_ok=True)
     mask, name = "post_process/mask.mrc", "post_process/run"
-    command = ["relion_mask_create", "--i", _inside(folder, refinement.map), "--o", mask, "--lowpass", lowpass]
-    command += ["--ini_threshold", threshold, "--angpix", pixel_size, "--j", checks.integer("threads", threads, low=1)]
-    command += ["--extend_inimask", checks.integer("extend", extend, low=0)]
-    command += ["--width_soft_edge", checks.integer("soft_edge", soft_edge, low=1)]
+    command = ["relion_mask_create", "--i", _inside(folder, refinement.map), "--o", mask]
+    command += [
+        "--lowpass",
+        max(15.0, 2 * pixel_size),
+        "--ini_threshold",
+        threshold,
+        "--angpix",
+        pixel_size,
+        "--j",
+        checks.integer("threads", threads, low=1),
+    ]
+    command += ["--extend_inimask", 1, "--width_soft_edge", 3]
     _run(folder, "mask_create", command, [refinement.map], [mask])
     with mrcfile.open(folder / mask, permissive=True) as mask_file:
         inside = float((mask_file.data > 0.5).mean())
@@ -411,31 +410,21 @@ def post_process(
     command = ["relion_postprocess", "--i", _inside(folder, refinement.half_maps[0])]
     command += ["--i2", _inside(folder, refinement.half_maps[1]), "--o", name, "--mask", mask, "--angpix", pixel_size]
     fsc = _table(refinement.model, "model_class_1")["rlnGoldStandardFsc"]
-    if randomize_at is None and fsc.iloc[1:].min() >= 0.8:
-        randomize_at = 4 * pixel_size
-    if randomize_at is not None:
-        command += ["--randomize_at_A", checks.number("randomize_at", randomize_at, above=0.0)]
+    if fsc.iloc[1:].min() >= 0.8:
+        command += ["--randomize_at_A", 4 * pixel_size]
     outputs = [f"{name}.mrc", f"{name}.star"]
     _run(folder, "post_process", command, [*refinement.half_maps, folder / mask], outputs)
     resolution = float(_table(folder / outputs[1], "general")["rlnFinalResolution"].item())
     return PostProcess(folder / outputs[0], folder / mask, resolution, _table(folder / outputs[1], "fsc"))
 
 
-def reconstruct(
-    star: str | Path,
-    out: str | Path,
-    *,
-    half: int | None = None,
-    max_resolution: float | None = None,
-    ctf: bool | None = None,
-) -> Path:
+def reconstruct(star: str | Path, out: str | Path, *, half: int | None = None, ctf: bool | None = None) -> Path:
     """Reconstruct a map from the poses of `star` by relion_reconstruct, and return its path.
 
     Parameters
     ----------
     star : particles whose images are named relative to its own folder, where RELION is run and the log kept.
     half : 1 or 2 for those of that rlnRandomSubset; None for all.
-    max_resolution : A; None is Nyquist.
     ctf : whether the images have the CTF of their columns, to be corrected; None is for a star without such columns.
 
     Raises
@@ -454,8 +443,6 @@ def reconstruct(
     out.parent.mkdir(parents=True, exist_ok=True)
     command = ["relion_reconstruct", "--i", star.name, "--o", _inside(star.parent, out), *["--ctf"] * ctf]
     command += [] if half is None else ["--subset", checks.choice("half", half, (1, 2))]
-    if max_resolution is not None:
-        command += ["--maxres", checks.number("max_resolution", max_resolution, above=0.0)]
     images = [Path(file.path) for file in stack.images.files]
     _run(star.absolute().parent, f"reconstruct_{out.stem}", command, [star, *images], [out])
     return out

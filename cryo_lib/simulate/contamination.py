@@ -1,4 +1,4 @@
-"""The Huber contamination model, Eq. (2): a fraction of the training pairs replaced by noise, and harder kinds than the paper's."""
+"""The Huber contamination model, Eq. (2): a fraction of the training pairs replaced by noise, and harder kinds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Views:
     conformations: np.ndarray
 
     def another_conformation(self, chosen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """References `chosen` at their own poses, each of a conformation drawn from the others, `(len(chosen), h, h)`."""
+        """References `chosen`, `(len(chosen), h, h)`, at their poses, each of a conformation drawn from the others."""
         count = len(self.volumes)
         if count < 2:
             raise ValueError(f"kind O: expected volumes of two or more conformations, got {count}; use another kind")
@@ -42,7 +42,7 @@ class Views:
         return projection.views(self.volumes, self.rotations[chosen], others)
 
     def imprecise(self, chosen: np.ndarray, degrees: float, pixels: float, rng: np.random.Generator) -> np.ndarray:
-        """References `chosen` turned about each image axis by angles of sd `degrees` and moved along x and y by sd `pixels`."""
+        """References `chosen` turned about each image axis by sd `degrees`, moved along x and y by sd `pixels`."""
         rotations = projection.jittered(self.rotations[chosen], len(chosen), degrees, rng)
         shifts = rng.normal(0.0, checks.number("jitter_pixels", pixels, low=0), (len(chosen), 2))
         return projection.views(self.volumes, rotations, self.conformations[chosen], shifts)
@@ -68,14 +68,14 @@ def contaminate(
     Parameters
     ----------
     x, y : references and noisy images, `(n, h, w)`, numpy arrays or CPU tensors; left untouched.
-    kind : "A" replaces references by noise, "B" noisy images, "C" both (with independent noise). Harder than the paper's:
+    kind : "A" replaces references by noise, "B" noisy images, "C" both (with independent noise). Harder than those:
         "S" gives each chosen pair the reference of another of them; "O" a reference of another conformation at the same
         pose; "J" one at an imprecise pose; "I" adds one to three bright patches of ice to the noisy image.
     eps : contaminated fraction in [0, 1].
     seed : of the choice of pairs and of the noise.
     noise : "gaussian" (as the text), each image rescaled to the grey range of the images it stands among, which is the
-        mean of their minima to the mean of their maxima: [0, 1] for references; "uniform" on [0, 1] is what the authors'
-        scripts use.
+        mean of their minima to the mean of their maxima: [0, 1] for references; "uniform" on [0, 1] is what the
+        authors' scripts use.
     unit : "sample" (as the text) chooses single pairs; "minibatch" chooses whole blocks of `batch_size` consecutive
         pairs, and a part of one more where floor(eps * n) is no multiple of it.
     draw : index of the noise draw. Every draw replaces the same pairs by fresh noise (redrawing it each epoch).
@@ -89,8 +89,8 @@ def contaminate(
 
     Raises
     ------
-    ValueError : unknown kind, noise or unit, eps outside [0, 1], shapes that differ, NaN, no `views` where they are needed,
-        a single pair to swap.
+    ValueError : unknown kind, noise or unit, eps outside [0, 1], shapes that differ, NaN, no `views` where they are
+        needed, a single pair to swap.
     """
     x, y = checks.as_images("x", x).copy(), checks.as_images("y", y).copy()
     checks.same_shape("x", x, "y", y)
@@ -142,7 +142,7 @@ def _checked(views: Views | None, kind: str, x: np.ndarray) -> Views:
 
 
 def _ice(rng: np.random.Generator, y: np.ndarray) -> np.ndarray:
-    """One to three patches an image: soft-edged discs of radius 0.08 to 0.2 sides, 1 to 3 sd of the image brighter than it."""
+    """One to three patches an image: soft-edged discs of radius 0.08 to 0.2 sides, 1 to 3 sd of the image brighter."""
     n, h, w = y.shape
     rows, columns = np.arange(h, dtype=np.float32)[:, None], np.arange(w, dtype=np.float32)
     patches, count = np.zeros_like(y), rng.integers(1, 4, (n, 1, 1))

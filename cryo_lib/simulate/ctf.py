@@ -24,7 +24,7 @@ CTF_LABELS = (
 
 
 def ctf(parameters: Mapping[str, Any], n: int, pixel_size: float) -> np.ndarray:
-    """Return the contrast transfer functions of `n` px images, the Fourier transform of Eq. (1)'s point spread function.
+    """Return the contrast transfer functions of `n` px images, the transform of Eq. (1)'s point spread function.
 
     sin(pi lambda z k^2 - pi/2 Cs lambda^3 k^4 + phase shift + asin(amplitude contrast)) exp(-B k^2 / 4) scale: positive
     at low frequency, so that protein stays bright; z is the defocus in the direction of k, underfocus positive.
@@ -42,7 +42,7 @@ def ctf(parameters: Mapping[str, Any], n: int, pixel_size: float) -> np.ndarray:
 
     Raises
     ------
-    ValueError : a parameter missing, not finite, or an impossible one (voltage <= 0, amplitude contrast outside [0, 1]).
+    ValueError : a parameter missing, not finite, or impossible (voltage <= 0, amplitude contrast outside [0, 1]).
 
     Source: Mindell & Grigorieff 2003; signs and constants as RELION's ctf.cpp.
     """
@@ -70,7 +70,7 @@ def ctf(parameters: Mapping[str, Any], n: int, pixel_size: float) -> np.ndarray:
 
 
 def apply_ctf(images: Any, parameters: Mapping[str, Any], pixel_size: float) -> np.ndarray:
-    """Return images `(m, n, n)` float32 convolved with their point spread functions; see `ctf`. The border is periodic."""
+    """Return images `(m, n, n)` float32 convolved with their point spread functions (see `ctf`), periodic at the border."""
     images = checks.as_images("images", images)
     transfer = ctf(parameters, images.shape[1], pixel_size)
     if images.shape[1] != images.shape[2] or len(transfer) != len(images):

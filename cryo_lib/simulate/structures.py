@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp
+import fsspec
 import gemmi
 import numpy as np
-import pooch
-import requests
 from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
@@ -96,22 +96,19 @@ def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
     if path.exists():
         _parse(path, gemmi.CoorFormat.Mmcif)
         return path
+    session = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30), "trust_env": True}
     try:
         with atomic(path) as temporary:
-            pooch.HTTPDownloader(timeout=30)(url, str(temporary), None)
+            fsspec.filesystem("http", client_kwargs=session).get_file(url, str(temporary))
             _parse(temporary, gemmi.CoorFormat.Mmcif)
-    except requests.HTTPError as error:
-        status = error.response.status_code
-        if status in (404, 410):
-            raise FileNotFoundError(
-                f"fetch {url}: expected entry {entry}, got {status}: no such entry; check the identifier, or {way_out}"
-            ) from error
-        raise ConnectionError(
-            f"fetch {url}: expected a file, got HTTP {status}; try again later, or {way_out}"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"fetch {url}: expected entry {entry}, got none there; check the identifier, or {way_out}"
         ) from error
-    except requests.RequestException as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         raise ConnectionError(
-            f"fetch {url}: expected a whole file, got {error}; check the network and run again, or {way_out}"
+            f"fetch {url}: expected a whole file, got {type(error).__name__} ({error}); check the network and run "
+            f"again, or {way_out}"
         ) from error
     except ValueError as error:
         raise ValueError(

@@ -22,8 +22,8 @@ MEASURED = "measured"  # the protocol of images that are noisy as they were take
 class Experiment:
     """A noise protocol, an SNR and a contamination, written `protocol-snr-contamination` such as `awgn-0.1-A_0.3`.
 
-    `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs. Real particles have their own noise: there it
-    is `measured-contamination`, such as `measured-none`.
+    `awgn-0.1-none-half1` and `-half2` train on disjoint halves of the pairs. Real particles have their own noise: there
+    it is `measured-contamination`, such as `measured-none`.
 
     Attributes
     ----------
@@ -50,7 +50,8 @@ class Experiment:
         checks.choice("contamination", self.kind, ("none", *contamination.KINDS, *contamination.HARDER))
         if self.protocol == MEASURED and self.kind in contamination.PROJECTED:
             raise ValueError(
-                f"contamination: {self.kind} projects references anew, which {MEASURED} images do not allow; use simulated ones"
+                f"contamination: {self.kind} projects references anew, which {MEASURED} images do not allow; use "
+                "simulated ones"
             )
         if self.protocol == "clipped" and self.kind == "I":
             raise ValueError(
@@ -65,8 +66,8 @@ class Experiment:
         match = re.fullmatch(r"([a-z]+)(?:-([0-9.]+))?-(?:none|([A-Z])_([0-9.]+))(?:-half([12]))?", str(text))
         if not match or (match[2] is None) != (match[1] == MEASURED):
             raise ValueError(
-                "experiment: expected protocol-snr-contamination such as awgn-0.1-none, awgn-0.05-A_0.3 or, of particles, "
-                f"{MEASURED}-none (-half1 or -half2 after it), got {text!r}"
+                "experiment: expected protocol-snr-contamination such as awgn-0.1-none, awgn-0.05-A_0.3 or, of "
+                f"particles, {MEASURED}-none (-half1 or -half2 after it), got {text!r}"
             )
         protocol, snr, kind, eps, half = match.groups()
         try:
@@ -111,7 +112,7 @@ class Dataset:
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
-        """`<split>_rotations` `(n, 3, 3)`; simulated: `<split>_conformations` `(n,)`; particles: `<split>_rows` `(n,)`."""
+        """`<split>_rotations` `(n, 3, 3)`; `(n,)`: simulated, `<split>_conformations`; particles, `<split>_rows`."""
         return dict(np.load(self._file("poses.npz")))
 
     @property
@@ -124,7 +125,7 @@ class Dataset:
         return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"), mmap_mode="c")
 
     def pairs(self, split: str, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
-        """References and noisy images of a split, Eq. (1): the same for every run, with noise of its own for each split.
+        """References and noisy images of a split, Eq. (1): the same for every run, each split with noise of its own.
 
         Of the training split, the half that the experiment asks for.
         """
@@ -148,8 +149,8 @@ class Dataset:
         path = Path(self.folder, name)
         if not path.is_file():
             raise FileNotFoundError(
-                f"data: expected {path}, found nothing; make it with `dvc repro projections` (notebooks 00 and 01), or, for "
-                "particles and their measured noise, with notebook 10"
+                f"data: expected {path}, found nothing; make it with `dvc repro projections` (notebooks 00 and 01), "
+                "or, for particles and their measured noise, with notebook 10"
             )
         return path
 

@@ -32,10 +32,18 @@ class StackFile:
     @classmethod
     def read_header(cls, path: str) -> StackFile:
         """Read and check the header of an MRC file of either byte order; ValueError for a damaged or short file."""
-        size, start = os.path.getsize(path), HEADER_DTYPE.itemsize
-        if size < start:
-            raise ValueError(f"{path}: damaged, expected an MRC header of {start} bytes, got {size}; copy it again")
-        raw = np.fromfile(path, HEADER_DTYPE, 1)
+        with open(path, "rb") as file:
+            return cls.of(path, file.read(HEADER_DTYPE.itemsize), os.path.getsize(path))
+
+    @classmethod
+    def of(cls, path: str, head: bytes, size: int) -> StackFile:
+        """Check the header of a file of `size` bytes, `head`."""
+        start = HEADER_DTYPE.itemsize
+        if len(head) < start:
+            raise ValueError(
+                f"{path}: damaged, expected an MRC header of {start} bytes, got {len(head)}; copy it again"
+            )
+        raw = np.frombuffer(head, HEADER_DTYPE)
         # Machine stamps are often missing or wrong: the right byte order is the one in which the box is below 65,536.
         order = next((order for order in "<>" if 0 < raw.view(raw.dtype.newbyteorder(order))["nx"][0] < 2**16), "<")
         header = raw.view(raw.dtype.newbyteorder(order))[0]

@@ -1,4 +1,4 @@
-"""Training pairs of real particles: noisy images of known pose, and projections of a map at these poses as references."""
+"""Training pairs of real particles: noisy images of known pose, and a map's projections at these poses as references."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Agreement:
 
 
 class Pairs:
-    """Particles and their references on one grid: `n` pixels of `pixel_size` A, the middle of the images and of the map.
+    """Particles and references on one grid: `n` pixels of `pixel_size` A, the middle of the images and of the map.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ class Pairs:
 
         Raises
         ------
-        ValueError : fewer than 20 rows; images that do not agree better with their own references than with others'; a map
-            that agrees better when it is turned by right angles or mirrored, moved by a voxel or two, or scaled by a few
-            per cent.
+        ValueError : fewer than 20 rows; images that do not agree better with their own references than with others'; a
+            map that agrees better when it is turned by right angles or mirrored, moved by a voxel or two, or scaled by
+            a few per cent.
         """
         if len(rows) < 20:
             raise ValueError(
@@ -115,9 +115,9 @@ class Pairs:
         if excess < ENOUGH:
             raise ValueError(
                 f"{self.stack.path}: expected images to agree with the map's projections at their poses, at least "
-                f"{ENOUGH:g} standard errors better than with each other's, got {excess:.1f} (correlation {own.mean():.4f} "
-                f"and {others.mean():.4f}, {len(rows)} images); is it the map of this refinement, of the same hand, frame, "
-                "contrast and voxel size?"
+                f"{ENOUGH:g} standard errors better than with each other's, got {excess:.1f} (correlation "
+                f"{own.mean():.4f} and {others.mean():.4f}, {len(rows)} images); is it the map of this refinement, of "
+                "the same hand, frame, contrast and voxel size?"
             )
         self._require_placed(rows[:100], y[:100], own[:100])
         return Agreement(*map(float, (gain, level, snr, own.mean(), others.mean(), excess)))
@@ -158,7 +158,7 @@ def choose(half_sets: np.ndarray | None, n: int, counts: Mapping[str, int], seed
     """Draw the rows of each split at random, `{name: (count,)}`, and those that remain, `rest`.
 
     Rows of the first split alternate between half-sets 1 and 2 where there are any: every other one, from the first or
-    the second on (`experiments.Experiment.half`), is then of one half-set alone.
+    the second on (`dataset.Experiment.half`), is then of one half-set alone.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Computed:
-    """Images of some rows of a stack, made by `make` (rows -> `(m, n, n)`) when they are asked for; `(len(rows), n, n)`."""
+    """Images of rows of a stack, `(len(rows), n, n)`, made by `make` (rows -> `(m, n, n)`) when they are asked for."""
 
     def __init__(self, make: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, n: int) -> None:
         self.make, self.rows, self.shape = make, rows, (len(rows), n, n)

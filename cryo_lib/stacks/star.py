@@ -1,13 +1,15 @@
 """Star files: the one parser, and the one writer.
 
-The grammar is RELION's (src/strings.cpp). A line is a row. Blanks separate its fields; a field that begins with a single
-or a double quote ends at the same quote before a blank; a # that begins a field begins a comment, and one inside a field
-is a part of it. A block `data_<name>` is a `loop_` of labels and rows, or a list of labels with their values: one row.
+The grammar is RELION's (src/strings.cpp). A line is a row. Blanks separate its fields. A field that begins with a
+single or a double quote ends at the same quote before a blank. A # that begins a field begins a comment; one inside a
+field is a part of it. A block `data_<name>` is a `loop_` of labels and rows, or a list of labels with their values: one
+row.
 
-pandas' C parser reads the rows. On 500,000 rows of 20 columns (113 MB) this takes 3.2 s and 0.43 GB. gemmi.cif takes 5.5 s
-and 1.25 GB with the conversion to numbers, and refuses what RELION reads: first fields such as `data_1/a.mrc`, `_a.mrc` or
-`;a`, a byte order mark, text that is not UTF-8; it takes a row too short before one too long for two good ones. starfile
-takes 3.5 s and 0.9 GB, reads 3 of 6 rows around an unclosed quote and none after a comment between labels.
+pandas' C parser reads the rows. 500,000 rows of 20 columns (113 MB) take 3.2 s and 0.43 GB. gemmi.cif takes 5.5 s and
+1.25 GB with the conversion to numbers. It refuses what RELION reads: first fields such as `data_1/a.mrc`, `_a.mrc` or
+`;a`, a byte order mark, text that is not UTF-8; and a row too short before one too long are two good ones to it.
+starfile takes 0.63 s and 0.18 GB for 100,000 rows (0.91 s and 0.11 GB here), reads 3 of 6 rows around an unclosed quote
+in silence, and none after a comment between labels.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class Star:
     def replaced(
         self, name: str, label: str, fields: Iterable[str], kept: Iterable[bool] | None = None
     ) -> Iterator[bytes]:
-        """Give the file's text, piece by piece, with the fields of one column replaced, blank rows and comments left out.
+        """Give the file's text, piece by piece, with the fields of one column replaced, no blank lines in the rows.
 
         Parameters
         ----------

@@ -17,7 +17,7 @@ needs_relion = pytest.mark.skipif(shutil.which("relion_project") is None, reason
 
 
 def microscope(m: int, seed: int = 0) -> pd.DataFrame:
-    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor and scale, under RELION's labels."""
+    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor and scale."""
     rng = np.random.default_rng(seed)
     u = rng.uniform(8000, 39000, m)
     extra = np.arange(m) % 2
@@ -37,7 +37,7 @@ def microscope(m: int, seed: int = 0) -> pd.DataFrame:
 
 
 def test_ctf_zeros_lie_where_the_formula_puts_them():
-    """Without astigmatism and aberration and at amplitude contrast 0: sin(pi lambda z k^2), lambda 0.0197 A at 300 kV."""
+    """Without astigmatism, aberration and amplitude contrast: sin(pi lambda z k^2), lambda 0.0197 A at 300 kV."""
     plain = microscope(1).assign(
         rlnDefocusU=15000.0, rlnDefocusV=15000.0, rlnSphericalAberration=0.0, rlnAmplitudeContrast=0.0
     )

@@ -349,23 +349,17 @@ def test_odd_boxes_keep_their_centre():
 
 def test_the_first_transform_of_a_projection_is_alone(monkeypatch):
     """Two at once can crash a process whose finufft has not been called before."""
-    transform, lock, overlap = projection.finufft.nufft3d2, threading.Lock(), threading.Event()
-    running, seen = set(), []  # the calls under way, and for each call those under way as it began
+    transform, events, together = projection.finufft.nufft3d2, [], threading.Barrier(5)
 
     def watched(*arguments, **options):
-        with lock:
-            running.add(call := len(seen))
-            seen.append(set(running))
-            if len(running) > 1:
-                overlap.set()
-        overlap.wait(20 if call else 0.2)  # the first gives another the chance to begin, which none may take
+        events.append("begun")
+        if "ended" in events:
+            together.wait(60)  # passes once all others have begun: side by side, or not at all
         found = transform(*arguments, **options)
-        with lock:
-            running.remove(call)
+        events.append("ended")
         return found
 
     monkeypatch.setattr(projection.finufft, "nufft3d2", watched)
     volume = np.random.default_rng(0).random((8, 8, 8), np.float32)
-    projection.project(volume, projection.random_rotations(12, 0), batch=2, threads=4)
-    assert len(seen) == 6 and not any(0 in found for found in seen[1:])
-    assert overlap.is_set(), "the others run side by side"
+    projection.project(volume, projection.random_rotations(12, 0), batch=2, threads=5)
+    assert events[:3] == ["begun", "ended", "begun"] and events.count("ended") == 6

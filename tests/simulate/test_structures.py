@@ -439,8 +439,8 @@ def test_fetch_keeps_a_good_file_and_needs_no_server_the_second_time(server, tmp
     [
         ("2BBB", ValueError, "expected a coordinate file, got another content"),
         ("3CCC", ConnectionError, "expected a whole file, got .*; check the network and run again"),
-        ("4DDD", FileNotFoundError, "expected entry 4DDD, got 404: no such entry; check the identifier"),
-        ("5EEE", ConnectionError, "expected a file, got HTTP 500; try again later"),
+        ("4DDD", FileNotFoundError, "expected entry 4DDD, got none there; check the identifier"),
+        ("5EEE", ConnectionError, "expected a whole file, got .*500.*; check the network and run again"),
     ],
 )
 def test_fetch_explains_a_bad_answer_and_leaves_nothing(server, tmp_path, entry, error, message):

@@ -24,6 +24,7 @@ from cryo_lib.stacks.particles import ParticleStack
 ROOT = Path(__file__).resolve().parents[2]
 
 BOX, IMAGE = 16, 4 * 16**2
+BLOCK = 3 * IMAGE + 100  # as in life, images and files end within blocks
 # The third name has to be quoted.
 COUNTS = {"MRC_1901/001_shiny.mrcs": 12, "MRC_0601/001_shiny.mrcs": 5, "MRC_1901/002%.mrcs": 20, "MRC_0601/007.mrcs": 3}
 ONE, FEW, MANY, LAST = COUNTS
@@ -59,13 +60,13 @@ def stack(path: Path, n: int, h: int = BOX, w: int = BOX, seed: int = 0, dtype: 
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`. Of each path, the next answers are cut after `cuts` bytes or have a status of `fails`; after an
-    answer, the file is replaced by the next in `later`."""
+    """Serves `files`. Of each path, the next answers are cut after `cuts` bytes or have a status of `fails`; `log` has
+    what was sent, `asked` every path that was asked for."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.ranges, self.headers = files, True, {}
-        self.cuts, self.fails, self.later, self.log = {}, {}, {}, []
+        self.cuts, self.fails, self.log, self.asked = {}, {}, [], set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def fetch(self, out: Path, n: int, **options) -> ParticleStack:
@@ -86,11 +87,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, server = unquote(self.path), self.server
+        server.asked.add(path)
         body, status, start, sent = server.files.get(path), 200, 0, {}
         expected = body is not None and self.headers["Accept-Encoding"] == "identity"  # else sizes are anyone's guess
         if fails := server.fails.get(path) or (not expected and [404]):
             body, status = b"no", fails.pop(0)
-        elif server.ranges:
+        elif server.ranges and "Range" in self.headers:
             start, stop = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
             sent["Content-Range"] = f"bytes {start}-{min(stop + 1, len(body)) - 1}/{len(body)}"
             body, status = body[start : stop + 1], 206
@@ -98,12 +100,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for item in (sent | {"Content-Length": len(body)} | server.headers.get(path, {})).items():
             self.send_header(*map(str, item))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         if status < 300 and server.cuts.get(path):
             body, self.close_connection = body[: server.cuts[path].pop(0)], True
         if status < 300:
             server.log.append((path, start, len(body)))
-            server.files[path] = (server.later.get(path) or [server.files[path]]).pop(0)
         self.wfile.write(body)
+
+    do_HEAD = do_GET
 
     def log_message(self, *arguments):
         pass
@@ -129,7 +134,8 @@ def truth(source):
 @pytest.fixture
 def server(source, monkeypatch):
     monkeypatch.setattr(empiar, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(empiar, "CHUNK", 1000)  # as in life, images and answers end within chunks
+    monkeypatch.setattr(empiar, "PROGRESS", 1e6)  # said by one test alone
+    monkeypatch.setattr(empiar, "BLOCK", BLOCK)
     with Server(dict(source[0])) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
@@ -164,10 +170,8 @@ def require_right(particles: ParticleStack, truth: ParticleStack) -> None:
 # --- what comes ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("n", [1, 7, 23, 40])
-def test_so_many_particles_come_with_their_own_images_a_share_of_each_stack(server, truth, tmp_path, n, ranges):
-    server.ranges = ranges
+def test_so_many_particles_come_with_their_own_images_a_share_of_each_stack(server, truth, tmp_path, n):
     particles = server.fetch(tmp_path, n)
     assert len(particles) == n
     require_right(particles, truth)
@@ -184,7 +188,7 @@ def test_so_many_particles_come_with_their_own_images_a_share_of_each_stack(serv
 
 def test_all_particles_make_the_published_star_to_the_letter_but_for_its_stray_9(server, tmp_path, capsys):
     server.fetch(tmp_path, 40)
-    assert (tmp_path / "particles.star").read_text() == HEAD + "".join(rows())
+    assert (tmp_path / "particles.star").read_text() == HEAD + "".join(rows()) + "\n"
     line = LINE + 12
     assert capsys.readouterr().out == f"shiny_2sets.star: line {line}: took out a stray 9\n"
     assert server.files["/P/shiny_2sets.star"].splitlines()[line - 1] == b"9"
@@ -194,8 +198,8 @@ def test_the_header_and_the_rows_are_kept_but_for_the_numbers(server, tmp_path):
     server.fetch(tmp_path, 11)
     text = (tmp_path / "particles.star").read_text()
     published = [line[6:] for line in rows()]
-    assert text.startswith(HEAD) and text.count("\n") == LINE + 11
-    assert {line[6:] for line in text[len(HEAD) :].splitlines(keepends=True)} <= set(published)
+    assert text.startswith(HEAD) and text.count("\n") == LINE + 11 + 1
+    assert {line[6:] for line in text[len(HEAD) : -1].splitlines(keepends=True)} <= set(published)
 
 
 def test_names_with_the_folder_in_front_are_found_and_kept(server, truth, tmp_path):
@@ -220,25 +224,25 @@ def test_only_what_was_asked_for_is_served(server, tmp_path):
     stacks = sum(n for path, _, n in server.log if path.endswith(".mrcs"))
     assert stacks == 8 * IMAGE + 4 * 1024
     for path in ("/P/shiny_2sets.star", "/m.gz"):
-        assert sum(n for _, n in server.served(path)) == len(server.files[path]) + 1024
+        assert sum(n for _, n in server.served(path)) == len(server.files[path])
 
 
-def test_neighbouring_images_come_in_one_answer(server, tmp_path):
+def test_neighbouring_images_come_in_one_answer_as_many_as_a_block_holds(server, tmp_path):
     server.fetch(tmp_path, 40)
-    assert server.served(f"/P/{FEW}") == [(0, 1024), (1024 + 160, 5 * IMAGE)]
+    assert server.served(f"/P/{FEW}") == [(0, 1024), (1024 + 160, 3 * IMAGE), (1024 + 160 + 3 * IMAGE, 2 * IMAGE)]
 
 
 def test_a_second_call_fetches_nothing_and_another_number_only_the_stacks(server, truth, tmp_path):
     server.fetch(tmp_path, 8)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrcs")}
-    server.log.clear()
+    server.asked.clear()
     require_right(server.fetch(tmp_path, 8), truth)
-    assert server.log == [] and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrcs")}
+    assert not server.asked and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mrcs")}
     require_right(server.fetch(tmp_path, 9), truth)
-    assert {path for path, *_ in server.log} < {f"/P/{name}" for name in COUNTS}
+    assert server.asked < {f"/P/{name}" for name in COUNTS}
 
 
-@pytest.mark.parametrize("spoil", ["short", "long", "box", "number", "mode", "removed"])
+@pytest.mark.parametrize("spoil", ["short", "long", "number", "mode", "removed"])
 def test_a_stack_that_is_not_the_one_wanted_is_fetched_again(server, truth, tmp_path, spoil):
     server.fetch(tmp_path, 20)
     path, content = tmp_path / MANY, (tmp_path / MANY).read_bytes()
@@ -249,8 +253,7 @@ def test_a_stack_that_is_not_the_one_wanted_is_fetched_again(server, truth, tmp_
     elif spoil == "mode":
         stack(path, 2 * n, dtype="i2")  # as many bytes
     elif spoil != "removed":
-        box = BOX - 4 * (spoil == "box")
-        stack(path, n + (spoil == "number"), box, box)
+        stack(path, n + 1)
     server.log.clear()
     require_right(server.fetch(tmp_path, 20), truth)
     assert path.read_bytes() == content and MANY in "".join(path for path, *_ in server.log)
@@ -263,49 +266,31 @@ def test_files_of_the_same_names_in_the_working_directory_are_not_taken(server, 
     server.fetch(tmp_path / "out", 40)
 
 
-def test_a_server_without_ranges_sends_a_file_once_for_its_header_and_once_for_all_images(server, tmp_path):
-    server.ranges = False
-    server.fetch(tmp_path, 23)
-    assert set(Counter(path for path, *_ in server.log).values()) == {2}
-
-
 def test_a_map_that_the_server_calls_gzip_encoded_is_unzipped_once(server, tmp_path):
     server.headers["/m.gz"] = {"Content-Encoding": "x-gzip"}
     server.fetch(tmp_path, 1)
 
 
 def test_progress_is_said_with_its_share(server, tmp_path, monkeypatch, capsys):
+    """In lines, where the output is no terminal: a bar's carriage returns would flood a log."""
     monkeypatch.setattr(empiar, "PROGRESS", 0.0)
-    server.cuts[f"/P/{MANY}"] = [1024, 1500, 0, 0]
-    with pytest.raises(ConnectionError):
-        server.fetch(tmp_path, 40, connections=1)
-    for path in tmp_path.rglob("*.mrcs"):
-        path.unlink()
-    capsys.readouterr()
-    server.fetch(tmp_path, 40, connections=1)
-    said = re.findall(r"^4 stacks: ([\d,]+) bytes \((\d+)%\), \d+\.\d MB/s$", capsys.readouterr().out, re.M)
-    assert said[-1] == ("40,960", "100") and len(said) >= 4
-    assert all(round(100 * int(there.replace(",", "")) / 40960) == int(share) for there, share in said)
+    server.fetch(tmp_path, 40)
+    said = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"^4 stacks: \S+ of 41.0kB \((\d+)%\), .*/s$", said, re.M)]
+    assert shares[-1] == 100 and len(shares) >= 4 and shares == sorted(shares) and "\r" not in said
 
 
 # --- cut and gone on with --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/P/shiny_2sets.star", f"/P/{FEW}", "/m.gz"])
-def test_a_cut_answer_goes_on_at_the_byte_where_it_was_cut(server, truth, tmp_path, path):
-    server.cuts[path] = [300, 1024, 0, 700, 0]
+@pytest.mark.parametrize("path", ["/P/shiny_2sets.star", f"/P/{MANY}", "/m.gz"])
+def test_a_block_that_was_cut_is_asked_for_again_and_no_other(server, truth, tmp_path, path):
+    server.cuts[path] = [300, 0, BLOCK, 10]
     require_right(server.fetch(tmp_path, 40), truth)
-    start = 1024 + 160 if "MRC" in path else 0
-    stop = start + 5 * IMAGE if "MRC" in path else len(server.files[path])
-    header, body = server.served(path)[:2], server.served(path)[2:]
-    assert header == [(0, 300), (300, 724)]
-    assert body == [(start, 0), (start, 700), (start + 700, 0), (start + 700, stop - start - 700)]
-
-
-def test_a_cut_answer_of_a_server_without_ranges_is_read_to_where_it_was(server, truth, tmp_path):
-    server.ranges = False
-    server.cuts = {path: [2000, 5000, 3000, 6000] for path in server.files}
-    require_right(server.fetch(tmp_path, 23), truth)
+    first, second = (1024, 1024) if "MRC" in path else (BLOCK, BLOCK)
+    starts = [start for start, _ in server.served(path)]
+    assert starts[:5] == [0, 0, 0, second, second] and len(set(starts[4:])) == len(starts[4:])
+    assert [n for _, n in server.served(path)[:4]] == [300, 0, first, 10]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -314,59 +299,14 @@ def test_a_server_error_is_waited_out(server, truth, tmp_path, status):
     require_right(server.fetch(tmp_path, 23), truth)
 
 
-def test_pauses_grow_and_begin_anew_after_each_byte_that_came(server, tmp_path, monkeypatch):
+def test_pauses_grow_and_begin_anew_with_each_block(server, tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(empiar, "PAUSES", (1.0, 3.0, 9.0))
     monkeypatch.setattr(empiar.time, "sleep", pauses.append)
-    server.cuts["/m.gz"] = [0, 0, 100, 0, 0, 0, 0]
-    with pytest.raises(ConnectionError):
+    server.cuts["/m.gz"] = [0, 100, BLOCK, 0, 0, 0, 0]
+    with pytest.raises(ConnectionError, match="m.gz: expected a file, got .*; run again to go on from there"):
         server.fetch(tmp_path, 1)
     assert pauses == [1.0, 3.0, 1.0, 3.0, 9.0]
-
-
-@pytest.mark.parametrize("path", ["/P/shiny_2sets.star", f"/P/{MANY}", "/m.gz"])
-def test_an_interrupted_call_is_gone_on_with_by_the_next(server, truth, tmp_path, path):
-    server.cuts[path] = [1024, 1500, 0, 0]
-    name = re.escape(path.split("/")[-1].replace("%", "%25"))
-    message = rf"{name}: expected [\d,]+ bytes, got 1,500 \(.*\); run again"
-    with pytest.raises(ConnectionError, match=message):
-        server.fetch(tmp_path, 40, connections=1)
-    assert not (tmp_path / "particles.star").exists() and len(leftovers(tmp_path)) == 1
-    first = list(server.log)
-    server.log.clear()
-    require_right(server.fetch(tmp_path, 40), truth)
-    twice = {(p, start) for p, start, n in first if n} & {(p, start) for p, start, n in server.log}
-    assert twice <= {(p, 0) for p in server.files}  # the headers
-    data = Counter(p for p, start, n in first + server.log for _ in range(n))
-    assert all(data[p] <= len(content) + 2 * 1024 for p, content in server.files.items())
-    start = 1024 if "MRC" in path else 0
-    assert server.served(path)[1][0] == start + 1500
-
-
-def test_a_part_of_another_selection_is_not_gone_on_with(server, truth, tmp_path):
-    server.cuts[f"/P/{MANY}"] = [1024, 1500, 0, 0]
-    with pytest.raises(ConnectionError):
-        server.fetch(tmp_path, 13)
-    require_right(server.fetch(tmp_path, 30), truth)  # and leaves nothing: see Server.fetch
-
-
-def test_a_stack_that_has_changed_is_not_gone_on_with(server, truth, tmp_path):
-    content = server.files[f"/P/{MANY}"]
-    server.files[f"/P/{MANY}"] = stack(tmp_path / "other.mrcs", 21)
-    server.cuts[f"/P/{MANY}"] = [1024, 1500, 0, 0]
-    with pytest.raises(ConnectionError):
-        server.fetch(tmp_path, 40)
-    server.files[f"/P/{MANY}"] = content
-    require_right(server.fetch(tmp_path, 40), truth)
-
-
-def test_a_map_that_has_changed_is_not_gone_on_with(server, tmp_path):
-    server.cuts["/m.gz"] = [1024, 1500, 0, 0]
-    with pytest.raises(ConnectionError):
-        server.fetch(tmp_path, 1)
-    changed = np.random.default_rng(2).normal(size=(13, 13, 13)).astype(np.float32)
-    server.files["/m.gz"] = gzip.compress(write_map(tmp_path / "other.mrc", changed, 1.34).read_bytes())
-    server.fetch(tmp_path, 1)
 
 
 def test_another_map_in_the_same_folder_is_replaced(server, tmp_path):
@@ -394,16 +334,11 @@ def test_the_pipelines_notebook_fetches_through_its_parameters(server, truth, tm
     require_right(ParticleStack.open(folder / "particles.star", project=folder), truth)
 
 
-def test_a_file_that_changes_under_way_is_refused(server, tmp_path):
-    whole = server.files["/m.gz"]
-    server.later["/m.gz"] = [whole + b"x"]
-    with pytest.raises(ValueError, match=f"m.gz: expected {len(whole):,} bytes, got {len(whole) + 1:,}"):
-        server.fetch(tmp_path, 1)
-
-
 def test_no_server_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(empiar, "PAUSES", (0.0,))
-    with pytest.raises(ConnectionError, match="shiny_2sets.star: expected 1,024 bytes, got 0 .*; run again to go on"):
+    with pytest.raises(
+        ConnectionError, match="shiny_2sets.star: expected a file, got .*127.0.0.1.*; run again to go on"
+    ):
         empiar.fetch(tmp_path, 1, particles_url="http://127.0.0.1:9")
 
 
@@ -422,7 +357,7 @@ PATHS = ["/P/shiny_2sets.star", f"/P/{ONE}", f"/P/{LAST}", "/m.gz"]
 @pytest.mark.parametrize("path", PATHS)
 def test_a_file_that_is_not_there_is_named_and_comes_later(server, truth, tmp_path, path):
     content = server.files.pop(path)
-    require_refused(server, tmp_path, FileNotFoundError, f"{path}: expected a file, got HTTP 404: no such file; see")
+    require_refused(server, tmp_path, FileNotFoundError, f"{path}: expected a file, got .*404.*; see what")
     server.files[path] = content
     require_right(server.fetch(tmp_path, 40), truth)
 
@@ -443,13 +378,19 @@ def test_a_web_page_in_place_of_a_file_is_named_and_kept_nowhere(server, truth, 
 @pytest.mark.parametrize("size", [0, 27])
 def test_an_all_too_short_file_is_named(server, tmp_path, path, size):
     server.files[path] = b"x" * size
+    require_refused(server, tmp_path, ValueError, f"{path}: expected .*, got another content")
+
+
+def test_a_server_that_sends_no_parts_of_files_is_named(server, tmp_path):
     server.ranges = False
-    require_refused(server, tmp_path, ValueError, f"{path}: expected 1,024 or more bytes, got {size}")
+    require_refused(
+        server, tmp_path, ValueError, "shiny_2sets.star, got another content .*server doesn.t appear to support range"
+    )
 
 
 def test_a_refusal_of_the_server_is_no_reason_to_ask_again(server, tmp_path):
-    server.fails["/m.gz"] = [403, 500]
-    require_refused(server, tmp_path, ValueError, "m.gz: expected a file of known size, got HTTP 403")
+    server.fails["/m.gz"] = [403, 403, 500]  # the first two asked for its size
+    require_refused(server, tmp_path, ConnectionError, "m.gz: expected a file, got .*403")
     assert server.fails["/m.gz"] == [500]
 
 
@@ -460,13 +401,13 @@ def other(tmp_path: Path, **options) -> bytes:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda t: other(t)[:-1], r"expected a whole stack .*, got 20 of 16 x 16 in mode 2, 21,503 bytes"),
-        (lambda t: other(t) + b"x", r"expected a whole stack .*, got 20 of 16 x 16 in mode 2, 21,505 bytes"),
+        (lambda t: other(t)[:-1], r"expected a stack.* short, expected 21504 bytes .*, got 21503"),
+        (lambda t: other(t) + b"x", r"expected a stack.* nothing else, got 20 of 16 x 16 <f4 in 21,505 bytes"),
         (lambda t: other(t, h=12, w=12), r"expected 20 or more images of 16 x 16, .*, got \(20, 12, 12\)"),
-        (lambda t: other(t, w=12), "expected a whole stack of square images .*, got 20 of 16 x 12 in mode 2"),
-        (lambda t: other(t)[:12] + b"\1" + other(t)[13:], "expected a whole stack .*, got 20 of 16 x 16 in mode 1"),
+        (lambda t: other(t, w=12), "expected a stack.* square images of float32 .*, got 20 of 16 x 12"),
+        (lambda t: other(t)[:12] + b"\1" + other(t)[13:], "expected a stack.* square images .*, got 20 of 16 x 16 <i2"),
         (lambda t: stack(t / "other" / "a.mrcs", 19), r"expected 20 or more images .*, got \(19, 16, 16\)"),
-        (lambda t: other(t)[:-4] + b"\xff" * 4, "expected 002%.mrcs, got another .* NaN or infinity in 1 of 20"),
+        (lambda t: other(t)[:-4] + b"\xff" * 4, "expected 002%.mrcs, got another .* from 18 on.* in 1 of 2"),
     ],
 )
 def test_a_stack_that_cannot_be_is_named(server, tmp_path, make, message):
@@ -484,14 +425,14 @@ def edited(server, edit) -> None:
 )
 def test_a_row_without_an_image_below_the_folder_is_named(server, tmp_path, image):
     edited(server, lambda lines: [*lines[:3], row(3, image), *lines[4:]])
-    message = rf"shiny_2sets.star: .* line {LINE + 4}: expected a row with an image, as .*, got b'{image} "
+    message = f"shiny_2sets.star: .* row 4: expected an image, as .*, got '{image}'"
     require_refused(server, tmp_path, ValueError, message)
     assert not any("mrcs" in path for path, *_ in server.log)
 
 
 def test_a_star_file_of_something_else_is_named(server, tmp_path):
     server.files["/P/shiny_2sets.star"] = ("data_\nloop_\n_rlnMicrographName #1\n" + "a.mrc\n" * 999).encode()
-    require_refused(server, tmp_path, ValueError, "expected one table with _rlnImageName, got .*_rlnMicrographName")
+    require_refused(server, tmp_path, ValueError, "expected one table with rlnImageName, got .*rlnMicrographName")
 
 
 @pytest.mark.parametrize("place", [0, 5, 16])
@@ -506,11 +447,11 @@ def test_a_stray_9_in_a_row_is_taken_out_and_said(server, truth, tmp_path, capsy
 
 
 @pytest.mark.parametrize("end", [" 1 8\n", " 9 9\n", "\n"])
-def test_any_other_fault_in_a_row_is_left_for_the_reader_to_refuse(server, tmp_path, capsys, end):
+def test_any_other_fault_in_a_row_is_refused_before_stacks_are_fetched(server, tmp_path, capsys, end):
     edited(server, lambda lines: [*lines[:6], lines[6][:-4] + end, *lines[7:]])
-    message = r"shiny_2sets.star: expected particles .* row 7: expected 16 fields, got 1[57]; .* mend .*shiny_2sets"
+    message = r"/P/shiny_2sets.star: expected .* row 7: expected 16 fields, got 1[57]; the file is damaged"
     require_refused(server, tmp_path, ValueError, message)
-    assert "stray" not in capsys.readouterr().out
+    assert "stray" not in capsys.readouterr().out and not any("mrcs" in path for path in server.asked)
 
 
 @pytest.mark.parametrize(
@@ -518,7 +459,7 @@ def test_any_other_fault_in_a_row_is_left_for_the_reader_to_refuse(server, tmp_p
 )
 def test_more_particles_than_there_are_or_none_are_refused(server, tmp_path, n, error):
     require_refused(server, tmp_path, ValueError, f"n_particles: expected {error}", n)
-    assert {path for path, *_ in server.log} <= {"/P/shiny_2sets.star"}
+    assert server.asked <= {"/P/shiny_2sets.star"}
 
 
 def cut_off(packed: bytes) -> bytes:
@@ -537,44 +478,40 @@ def no_deflate(packed: bytes) -> bytes:
 def test_a_damaged_gzip_file_is_named_and_fetched_afresh_once_it_is_whole(server, tmp_path, spoil):
     whole = server.files["/m.gz"]
     server.files["/m.gz"] = spoil(whole)
-    require_refused(
-        server, tmp_path, ValueError, "m.gz: expected emd_2660.map, got .* .expected a whole gzip file, got"
-    )
+    require_refused(server, tmp_path, ValueError, "m.gz: expected emd_2660.map, got another content")
     assert not (tmp_path / "map.mrc").exists()
     server.files["/m.gz"] = whole
     server.fetch(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
-    "shape, voxel, got", [((12, 12, 11), 1.34, r"\(12, 12, 11\)"), ((12, 12, 12), 0.0, "voxels of 0 A")]
+    "shape, voxel, got", [((12, 12, 11), 1.34, r"a cubic map, got \(12, 12, 11\)"), ((12, 12, 12), 0.0, "a voxel size")]
 )
 def test_a_map_that_is_no_cube_or_has_no_voxel_size_is_refused(server, tmp_path, shape, voxel, got):
     path = tmp_path / "other.mrc"
     mrcfile.write(path, np.random.default_rng(0).normal(size=shape).astype(np.float32), voxel_size=voxel)
     server.files["/m.gz"] = gzip.compress(path.read_bytes())
-    require_refused(server, tmp_path, ValueError, f"m.gz: .*expected a cubic map with its voxel size, got .*{got}")
+    require_refused(server, tmp_path, ValueError, f"m.gz: .*expected {got}")
     shutil.copy(path, tmp_path / empiar.PUBLISHED_MAP)
-    require_refused(
-        server, tmp_path, ValueError, f"emd_2660.map: expected a cubic map .*{got}.*; delete it and run again"
-    )
+    require_refused(server, tmp_path, ValueError, f"emd_2660.map: expected {got}")
 
 
-@pytest.mark.parametrize("free, wanted", [(100, "shiny_2sets.star"), (40 * IMAGE - 1, "stacks")])
-def test_a_disk_that_is_too_small_is_said_beforehand(server, truth, tmp_path, monkeypatch, free, wanted):
+def test_a_disk_that_is_too_small_for_the_stacks_is_said_beforehand(server, truth, tmp_path, monkeypatch):
+    free = 40 * IMAGE - 1
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, free))
-        needed = 40 * IMAGE if wanted == "stacks" else len(server.files["/P/shiny_2sets.star"])
-        with pytest.raises(OSError, match=f"expected room for {needed:,} bytes, got {free:,}; free some, or"):
+        with pytest.raises(OSError, match=f"expected room for {40 * IMAGE:,} bytes, got {free:,}; free some, or"):
             server.fetch(tmp_path, 40)
-    assert all(n == 1024 for path, _, n in server.log if wanted == "stacks" and "mrcs" in path)
+    assert all(n == 1024 for path, _, n in server.log if "mrcs" in path)
     require_right(server.fetch(tmp_path, 40), truth)
 
 
-def test_what_is_whole_is_kept_when_another_stack_fails(server, truth, tmp_path):
-    server.fails[f"/P/{LAST}"] = [500] * 3
-    with pytest.raises(ConnectionError, match=r"MRC_0601/007.mrcs: expected .* \(500"):
+def test_what_is_whole_is_kept_when_another_stack_fails_and_the_next_call_goes_on(server, truth, tmp_path):
+    server.cuts[f"/P/{LAST}"] = [1024, *[0] * 3]
+    with pytest.raises(ConnectionError, match=r"MRC_0601/007.mrcs: expected .*; run again to go on from there"):
         server.fetch(tmp_path, 40)
-    kept = {path for path in (f"/P/{name}" for name in COUNTS) if (tmp_path / path[3:]).exists()}
-    server.log.clear()
+    assert not (tmp_path / "particles.star").exists() and not leftovers(tmp_path)
+    kept = {f"/P/{name}" for name in COUNTS if (tmp_path / name).exists()}
+    server.asked.clear()
     require_right(server.fetch(tmp_path, 40), truth)
-    assert kept and not kept & {path for path, *_ in server.log}
+    assert kept and f"/P/{LAST}" in server.asked and not server.asked & {*kept, "/m.gz", "/P/shiny_2sets.star"}

@@ -123,7 +123,7 @@ def test_maps_that_do_not_belong_are_found_out(volume, stack, change, voxel_size
 
 @pytest.mark.parametrize("with_ctf", [False, True])
 def test_a_map_with_a_negative_halo_gives_the_same_grey_scale(volume, tmp_path, with_ctf):
-    """Its references' background is not 0; gain, SNR and level say so, so that noisy / gain + level lies on their scale."""
+    """The references' background is not 0; gain, SNR and level say so: noisy / gain + level lies on their scale."""
     fringed = volume - 0.3 * gaussian_filter(volume, 4.0)
     stack = write(tmp_path, fringed, n=200, noise=2.0, with_ctf=with_ctf)
     pairs = Pairs(stack, fringed, PIXEL, BOX, PIXEL, "bright")
