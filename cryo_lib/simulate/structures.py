@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import aiohttp
-import fsspec
 import gemmi
 import numpy as np
 from scipy import sparse
@@ -96,6 +94,9 @@ def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
     if path.exists():
         _parse(path, gemmi.CoorFormat.Mmcif)
         return path
+    import aiohttp  # not where trainings alone run
+    import fsspec
+
     session = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=30), "trust_env": True}
     try:
         with atomic(path) as temporary:
