@@ -107,7 +107,7 @@ class _Bare(ast.NodeTransformer):
 
 
 def closure(source: str) -> str:
-    """Python code with that of every module of this library that it imports, all the way down; no docstrings, no comments.
+    """Python code with that of every module of this library that it imports, all the way down, bare of comments.
 
     It changes where what the code does may change, and nowhere else: what a stage of the pipeline depends on, and of
     what a checkpoint's card holds the digest. Data that the code reads is not in it.

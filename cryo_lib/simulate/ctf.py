@@ -70,7 +70,7 @@ def ctf(parameters: Mapping[str, Any], n: int, pixel_size: float) -> np.ndarray:
 
 
 def apply_ctf(images: Any, parameters: Mapping[str, Any], pixel_size: float) -> np.ndarray:
-    """Return images `(m, n, n)` float32 convolved with their point spread functions (see `ctf`), periodic at the border."""
+    """Return images `(m, n, n)` float32 convolved with their point spread functions, see `ctf`; periodic."""
     images = checks.as_images("images", images)
     transfer = ctf(parameters, images.shape[1], pixel_size)
     if images.shape[1] != images.shape[2] or len(transfer) != len(images):

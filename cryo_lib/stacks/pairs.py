@@ -1,4 +1,4 @@
-"""Training pairs of real particles: noisy images of known pose, and a map's projections at these poses as references."""
+"""Training pairs of real particles: noisy images of known pose, and a map's projections there as references."""
 
 from __future__ import annotations
 
