@@ -60,8 +60,7 @@ def test_a_list_of_labels_and_values_is_one_row(tmp_path):
     content = (
         "data_general\n\n_rlnImageName  'a b'\n_rlnFinalResolution #2  \n_rlnDefocusU 1.5 # A\n\n" + HEAD + "a b 1\n"
     )
-    with pytest.raises(ValueError, match="x.star: data_general, row 1: expected 3 fields, got 2"):
-        read(tmp_path, content, "general")
+    assert read(tmp_path, content, "general") == [["a b", "", 1.5]]
     assert read(tmp_path, content.replace("#2", "10.5"), "general") == [["a b", 10.5, 1.5]]
 
 
@@ -79,7 +78,7 @@ def test_a_list_of_labels_and_values_is_one_row(tmp_path):
     ],
 )
 def test_what_is_no_table_is_refused_by_name(tmp_path, content, message):
-    with pytest.raises(ValueError, match=f"x.star: {message}|x.star: {message}"):
+    with pytest.raises(ValueError, match=f"x.star: {message}"):
         read(tmp_path, content)
 
 
