@@ -7,9 +7,9 @@ its log ends well, has the same command, and is newer than the step's inputs; el
 Nothing of the truth is used: `prepare` gives RELION the images and their optics alone, without poses, half-sets or
 classes, and every step searches all orientations.
 
-Whether RELION corrects the CTF is the caller's choice, made in `prepare` for all steps (in `reconstruct` for itself):
-`ctf=True` for images that still have it, which are run with `--ctf`; `ctf=False` for images that have none though their
-star has its columns, as denoised ones, which are run without it.
+Whether RELION corrects the CTF is the caller's choice, made in `prepare` for all steps: `ctf=True` for images that
+still have it, which are run with `--ctf`; `ctf=False` for images that have none though their star has its columns, as
+denoised ones, which are run without it.
 
 Defaults are those of RELION 3.1's own window, with two exceptions, for denoised and clean images: `--dont_check_norm`,
 since one factor scales the whole stack (see `prepare`); no `--norm` and `--scale`, whose factors come from each image's
@@ -190,7 +190,10 @@ def select(folder: str | Path, star: str | Path, rows: Any, name: str = "selecte
     table = stack.table.iloc[np.arange(len(stack))[rows]]
     if table.empty:
         raise ValueError(f"rows: expected some of the {len(stack)} particles of {star}, got none")
-    _write_star(out, {"optics": stack.optics, "particles": table}, newer_than=star)
+    tables = {"optics": stack.optics, "particles": table}
+    old = not out.is_file() or out.stat().st_mtime_ns < Path(star).stat().st_mtime_ns
+    if old or out.read_bytes() != star_text(tables):
+        _write_star(out, tables)
     return out
 
 
@@ -387,19 +390,12 @@ def post_process(
     with mrcfile.open(refinement.map, permissive=True) as map_file:
         volume, pixel_size = map_file.data.copy(), float(map_file.voxel_size.x)
     threshold = 0.2 * float(np.percentile(volume, 99.9)) if threshold is None else checks.number("threshold", threshold)
+    lowpass = max(15.0, 2 * pixel_size)
     (folder / "post_process").mkdir(exist_ok=True)
     mask, name = "post_process/mask.mrc", "post_process/run"
     command = ["relion_mask_create", "--i", _inside(folder, refinement.map), "--o", mask]
-    command += [
-        "--lowpass",
-        max(15.0, 2 * pixel_size),
-        "--ini_threshold",
-        threshold,
-        "--angpix",
-        pixel_size,
-        "--j",
-        checks.integer("threads", threads, low=1),
-    ]
+    command += ["--lowpass", lowpass, "--ini_threshold", threshold, "--angpix", pixel_size]
+    command += ["--j", checks.integer("threads", threads, low=1)]
     command += ["--extend_inimask", 1, "--width_soft_edge", 3]
     _run(folder, "mask_create", command, [refinement.map], [mask])
     with mrcfile.open(folder / mask, permissive=True) as mask_file:
@@ -416,36 +412,6 @@ def post_process(
     _run(folder, "post_process", command, [*refinement.half_maps, folder / mask], outputs)
     resolution = float(_table(folder / outputs[1], "general")["rlnFinalResolution"].item())
     return PostProcess(folder / outputs[0], folder / mask, resolution, _table(folder / outputs[1], "fsc"))
-
-
-def reconstruct(star: str | Path, out: str | Path, *, half: int | None = None, ctf: bool | None = None) -> Path:
-    """Reconstruct a map from the poses of `star` by relion_reconstruct, and return its path.
-
-    Parameters
-    ----------
-    star : particles whose images are named relative to its own folder, where RELION is run and the log kept.
-    half : 1 or 2 for those of that rlnRandomSubset; None for all.
-    ctf : whether the images have the CTF of their columns, to be corrected; None is for a star without such columns.
-
-    Raises
-    ------
-    RelionMissing, RelionError ; ValueError : a CTF and no choice, `ctf` and no CTF, no poses (RELION takes all angles
-        as 0), a stack that is cut short (RELION reads on): it says nothing of the last two.
-    """
-    star, out = Path(star), Path(out).absolute()
-    stack = ParticleStack.open(star, project=star.absolute().parent)
-    if stack.poses is None:
-        raise ValueError(
-            f"{star}: expected poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi), got none, which relion_reconstruct "
-            "takes as 0; give the star file that a refinement wrote"
-        )
-    ctf = _has_ctf(stack, ctf)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = ["relion_reconstruct", "--i", star.name, "--o", _inside(star.parent, out), *["--ctf"] * ctf]
-    command += [] if half is None else ["--subset", checks.choice("half", half, (1, 2))]
-    images = [Path(file.path) for file in stack.images.files]
-    _run(star.absolute().parent, f"reconstruct_{out.stem}", command, [star, *images], [out])
-    return out
 
 
 def commands(folder: str | Path) -> dict[str, str]:
@@ -574,13 +540,9 @@ def _particles(folder: str | Path, star: str | Path, name: str) -> pd.DataFrame:
     return table.loc[names].reset_index(drop=True)
 
 
-def _write_star(out: Path, tables: dict[str, pd.DataFrame], newer_than: str | Path | None = None) -> None:
-    """Write a star file, unless it stands there already, and is no older than another file."""
-    old = out.is_file() and newer_than and out.stat().st_mtime_ns < Path(newer_than).stat().st_mtime_ns
-    content = star_text(tables)
-    if old or not out.is_file() or out.read_bytes() != content:
-        with atomic(out) as part:
-            part.write_bytes(content)
+def _write_star(out: Path, tables: dict[str, pd.DataFrame]) -> None:
+    with atomic(out) as part:
+        part.write_bytes(star_text(tables))
 
 
 def _table(path: Path, name: str) -> pd.DataFrame:

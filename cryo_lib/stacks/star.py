@@ -2,8 +2,8 @@
 
 The grammar is RELION's (src/strings.cpp). A line is a row. Blanks separate its fields. A field that begins with a
 single or a double quote ends at the same quote before a blank. A # that begins a field begins a comment; one inside a
-field is a part of it. A block `data_<name>` is a `loop_` of labels and rows, or a list of labels with their values: one
-row.
+field is a part of it. A block `data_<name>` is a `loop_` of labels and rows, or a list of labels with their values, of
+which RELION leaves out empty ones: one row.
 
 pandas' C parser reads the rows. 500,000 rows of 20 columns (113 MB) take 3.2 s and 0.43 GB. gemmi.cif takes 5.5 s and
 1.25 GB with the conversion to numbers. It refuses what RELION reads: first fields such as `data_1/a.mrc`, `_a.mrc` or
@@ -138,7 +138,7 @@ class Star:
         lines = io.BytesIO(self.text[start:end])
         if not loop:
             pairs = (_plain(line, f"{self.path}: data_{name}")[1] for line in lines if _is_label(line))
-            return iter([b" ".join(pair.strip().partition(b" ")[2] for pair in pairs)] if labels else [])
+            return iter([b" ".join(pair.strip().partition(b" ")[2] or b'""' for pair in pairs)] if labels else [])
         return (row for row in lines if not row.isspace() and not row.lstrip().startswith(b"#"))
 
 

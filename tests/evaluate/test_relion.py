@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import starfile
 
-from cryo_lib.evaluate import reconstruction, relion
+from cryo_lib.evaluate import relion
 from cryo_lib.simulate import density, noise, projection
 from cryo_lib.simulate.ctf import apply_ctf
 from cryo_lib.simulate.phantom import phantom
@@ -87,8 +87,6 @@ def test_missing_relion_says_how_to_get_it(simulated, tmp_path, monkeypatch):
         relion.initial_model(tmp_path, star, DIAMETER)
     with pytest.raises(relion.RelionMissing, match=r"(mpirun|relion_refine_mpi): "):
         relion.auto_refine(tmp_path, star, simulated.reference, DIAMETER)
-    with pytest.raises(relion.RelionMissing, match="relion_reconstruct: "):
-        relion.reconstruct(simulated.noisy, tmp_path / "map.mrc")
     assert not list(tmp_path.glob("[!p]*.log"))  # nothing was begun
 
 
@@ -139,17 +137,14 @@ def test_prepare_refuses_what_relion_would_take_silently(simulated, tmp_path):
 
 
 def test_ctf_is_the_callers_choice(simulated, with_ctf, tmp_path):
-    for call in (
-        lambda star, ctf: relion.prepare(star, tmp_path, DIAMETER, ctf=ctf),
-        lambda star, ctf: relion.reconstruct(star, tmp_path / "map.mrc", ctf=ctf),
+    choice = r"with_ctf\.star: expected a choice of ctf .*, got None; pass ctf=True where .*or ctf=False where"
+    for star, ctf, message in (
+        (with_ctf, None, choice),
+        (simulated.noisy, True, r"noisy\.star: expected rlnDefocusU, .* for ctf=True, got no such"),
+        (with_ctf, "false", "ctf: expected one of None, True, False, got 'false'"),
     ):
-        choice = r"with_ctf\.star: expected a choice of ctf .*, got None; pass ctf=True where .*or ctf=False where"
-        with pytest.raises(ValueError, match=choice):
-            call(with_ctf, None)
-        with pytest.raises(ValueError, match=r"noisy\.star: expected rlnDefocusU, .* for ctf=True, got no such"):
-            call(simulated.noisy, True)
-        with pytest.raises(ValueError, match="ctf: expected one of None, True, False, got 'false'"):
-            call(with_ctf, "false")
+        with pytest.raises(ValueError, match=message):
+            relion.prepare(star, tmp_path, DIAMETER, ctf=ctf)
     assert not list(tmp_path.iterdir())
 
 
@@ -184,35 +179,12 @@ def test_steps_refuse_poses_large_particles_and_maps_of_another_frame(simulated,
         relion.auto_refine(tmp_path, star, simulated.reference, DIAMETER, processes=2)
 
 
-def test_reconstruct_refuses_missing_poses_and_cut_stacks(simulated, tmp_path):
-    star = relion.prepare(simulated.noisy, tmp_path, DIAMETER)
-    with pytest.raises(ValueError, match="expected poses .*got none, which relion_reconstruct takes as 0"):
-        relion.reconstruct(star, tmp_path / "map.mrc")
-    for path in (simulated.noisy, simulated.noisy.with_suffix(".mrcs")):
-        shutil.copy(path, tmp_path / path.name)
-    with open(tmp_path / "noisy.mrcs", "r+b") as file:
-        file.truncate(100_000)
-    with pytest.raises(ValueError, match="short, expected"):
-        relion.reconstruct(tmp_path / "noisy.star", tmp_path / "map.mrc")
-
-
 # ---- with RELION -------------------------------------------------------------------------------------------
 
 
 @needs_relion
 def test_version_is_read():
     assert relion.version()[0].isdigit()
-
-
-@needs_relion
-def test_reconstruct_agrees_with_the_projected_volume(simulated, tmp_path):
-    for suffix in (".star", ".mrcs"):
-        shutil.copy(simulated.clean.with_suffix(suffix), tmp_path)
-    out = relion.reconstruct(tmp_path / "clean.star", tmp_path / "maps" / "all.mrc")
-    assert correlation(low_passed(read_map(out), 16.0), low_passed(simulated.volume, 16.0)) > 0.98
-    halves = [relion.reconstruct(tmp_path / "clean.star", tmp_path / f"half{half}.mrc", half=half) for half in (1, 2)]
-    assert 0.9 < correlation(*(read_map(half) for half in halves)) < 1
-    assert relion.commands(tmp_path)["reconstruct_half2"].endswith("--subset 2")
 
 
 @needs_relion
@@ -289,22 +261,6 @@ def test_the_whole_procedure_from_clean_images_alone(simulated, tmp_path):
     assert not any(" --ctf" in command for command in relion.commands(tmp_path).values())
     # paths are relative
     assert not any(str(tmp_path.parent) in command for command in relion.commands(tmp_path).values())
-
-
-@needs_relion
-def test_reconstruct_corrects_the_ctf_or_not_as_told(simulated, with_ctf, tmp_path):
-    """Both ways RELION's map is ours; it is the truth where the choice is right."""
-    clean = ParticleStack.open(simulated.clean).images
-    denoised = particles.write(tmp_path / "denoised.star", clean, ParticleStack.open(with_ctf))
-    for star, ctf, right in ((with_ctf, True, True), (with_ctf, False, False), (denoised, False, True)):
-        stack, out = ParticleStack.open(star), tmp_path / f"{star.stem}_{ctf}.mrc"
-        theirs = low_passed(read_map(relion.reconstruct(star, out, ctf=ctf)), 16.0)
-        options = {"ctf": stack.ctf, "iterations": 20} if ctf else {}
-        ours = reconstruction.reconstruct(stack.images, stack.poses, pixel_size=PIXEL, **options)
-        assert correlation(theirs, low_passed(ours, 16.0)) > 0.99
-        assert (correlation(theirs, low_passed(simulated.volume, 16.0)) > 0.98) == right
-        command = relion.commands(star.parent)[f"reconstruct_{out.stem}"]
-        assert command.split().count("--ctf") == ctf
 
 
 @needs_relion
