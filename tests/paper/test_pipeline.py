@@ -63,7 +63,7 @@ def test_the_pipeline_is_short():
 def test_notebooks_that_show_results_are_published(name):
     published = [out for out in RUNS[name]["outs"] if isinstance(out, dict) and next(iter(out)).startswith("paper/")]
     stem = notebook_of(RUNS[name]).stem
-    assert len(published) == ("--publish" in RUNS[name]["cmd"]) == book.shows_results(stem)
+    assert len(published) == ("--publish" in RUNS[name]["cmd"]) == book.is_shown(stem)
     assert all(Path(next(iter(out))).name.startswith(stem) for out in published)
 
 
