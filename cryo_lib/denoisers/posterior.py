@@ -1,0 +1,167 @@
+"""The posterior mean over references, or over projections of a map: a denoiser without a network and without training.
+
+Where the truth is one of the references, turned in the plane, no estimator has a lesser mean squared error. It
+returns what the references hold, of pure noise as well ("Einstein from noise"); its evidence says which image shows
+one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from cryo_lib import checks
+from cryo_lib.denoisers.steerable import Basis
+from cryo_lib.denoisers.summing import NEIGHBOURS, Posterior, PosteriorSum
+from cryo_lib.denoisers.templates import Templates, directions
+from cryo_lib.networks.models import pick_device
+
+COMPONENTS = 16  # of a local model, at most
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
+COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they are made four times as dense
+TOGETHER = 8  # images that share their fine templates
+BELOW = 18.0, 0.05  # nats below an image's best coarse direction that one may be, and this share of the best besides
+
+
+class References:
+    """References, kept ready for the posterior of any number of stacks.
+
+    Parameters
+    ----------
+    images : `(m, h, h)`, on the grey scale that the noisy images have without their noise.
+    tolerance : share of their energy that the basis leaves out.
+    device : "auto", "cpu" or "cuda".
+    """
+
+    def __init__(self, images: Any, tolerance: float = 1e-4, device: str = "auto") -> None:
+        self.basis = Basis(images, tolerance, pick_device(device))
+        self.coefficients = self.basis.expand(images)
+
+    def posterior(self, y: Any, sigma: Any, temperature: float = 1.0, **given: Any) -> Posterior:
+        """The posterior of noisy images `(n, h, h)`; sigma and `given` as of `PosteriorSum`.
+
+        temperature : 1 gives the posterior mean. Above, x_hat is that of a Gaussian model of x around the most likely
+            references, weighted by their likelihood to the power of 1 / temperature: it reaches between references that
+            lie further apart than the noise can tell. `choose_temperature` chooses it. White noise without CTF only.
+        """
+        temperature = checks.number("temperature", temperature, low=1)
+        total = PosteriorSum(self.basis, y, sigma, **given)
+        total.add(self.coefficients)
+        if temperature == 1:
+            return total.result()
+        if total.rings is not None:
+            raise ValueError("temperature: expected 1 with a transfer or a spectrum, since the local model has neither")
+        return total.result(self._local(total, temperature))
+
+    def _local(self, total: PosteriorSum, temperature: float) -> Tensor:
+        """E[x | y] where x is Gaussian with the weighted mean and covariance of the neighbours, `(n, d)`."""
+        k = min(NEIGHBOURS, total.count)
+        turned = self.basis.turned(self.coefficients[total.numbers[:, :k]], total.turns[:, :k])
+        weights = torch.softmax(total.likelihoods[:, :k] / temperature, 1)[..., None]
+        mean = (weights * turned).sum(1, keepdim=True)
+        spread = torch.view_as_real(weights.sqrt() * (turned - mean)).flatten(2).double()
+        variances, vectors = torch.linalg.eigh(spread @ spread.mT + 1e-12 * torch.eye(k, device=spread.device))
+        variances, vectors = variances[:, -COMPONENTS:], vectors[:, :, -COMPONENTS:]
+        directions = (vectors.mT @ spread) / variances.sqrt()[..., None]
+        away = torch.view_as_real(total.y[:, None] - mean).flatten(2).double()
+        gain = variances / (variances + 1 / total.precision[:, None])
+        moved = ((gain[..., None] * (directions @ away.mT)).mT @ directions)[:, 0]
+        return mean[:, 0] + torch.view_as_complex(moved.float().unflatten(1, (-1, 2)).contiguous())
+
+
+def posterior_mean(y: Any, references: Any, sigma: Any, temperature: float = 1.0, **given: Any) -> np.ndarray:
+    """E[x | y] over references and their turns, `(n, h, h)` float32; see `References`.
+
+    Parameters
+    ----------
+    y : noisy images `(n, h, h)`. references : `(m, h, h)`.
+    sigma : sd of the noise, a number or `(n,)`; `noise_level` estimates it.
+    temperature, given : as of `References.posterior`.
+    """
+    return References(references).posterior(y, sigma, temperature, **given).x_hat
+
+
+def choose_temperature(
+    references: References, x: Any, y: Any, sigma: Any, among: Sequence[float] = TEMPERATURES
+) -> float:
+    """Of some temperatures that of the highest mean PSNR on validation pairs x, y."""
+
+    def loss(temperature: float) -> float:
+        x_hat = references.posterior(y, sigma, temperature).x_hat
+        return float(np.log(np.square(x_hat - np.asarray(x)).mean(axis=(1, 2))).mean())
+
+    return min(among, key=loss)
+
+
+@dataclass(frozen=True)
+class MapPosterior(Posterior):
+    """The posterior over projections of volumes: `labels` are the volumes.
+
+    Attributes
+    ----------
+    rotations : `(n, 3, 3)`, the most likely pose of each image, image axes to volume axes.
+    """
+
+    rotations: np.ndarray
+
+
+def posterior_map(
+    y: Any, volumes: Any, sigma: Any, *, coarse: int = COARSE, levels: int = LEVELS, seed: int = 0, device: str = "auto"
+) -> MapPosterior:
+    """E[x | y] over all projections of one volume or several, coarse to fine: more where directions are likely.
+
+    As RELION's adaptive oversampling (Scheres 2012), but all turns in the plane are tried at every level. Where more
+    than an eighth of the directions are likely the grid is finer than what the images tell, and it stays.
+
+    Parameters
+    ----------
+    y : noisy images `(n, h, h)`. volumes : `(c, h, h, h)`, conformations, equally likely.
+    sigma : sd of the noise, a number or `(n,)`.
+    coarse : directions over the sphere that are tried first. levels : how often they are made four times as dense.
+    seed : of the turn of the grids of directions.
+    """
+    checks.integer("levels", levels, low=1)
+    templates, sigma = Templates(volumes, device=device), np.broadcast_to(np.asarray(sigma, np.float64), len(y))
+    count, first = len(templates.volumes), directions(coarse, [seed, 0])
+    total, found = templates.sum(y, sigma), []
+    scores = [total.add(templates.coefficients(label, first), label).cpu().numpy() for label in range(count)]
+    for start in range(0, len(y), TOGETHER):
+        rows = slice(start, start + TOGETHER)
+        part, near, size, total = [score[rows] for score in scores], [first] * count, coarse, None
+        for level in range(1, levels + 1):
+            best = np.max([score.max(axis=1) for score in part if score.size], axis=0)
+            least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
+            likely = [rotations[(score > least).any(axis=0)] for score, rotations in zip(part, near)]
+            if total and sum(map(len, likely)) > count * size / 8:
+                break
+            reach, size = 1.2 * np.sqrt(4 * np.pi / size), 4 * size
+            grid = directions(size, [seed, level])
+            near = [grid[_within(grid[:, :, 2], each[:, :, 2], reach)] for each in likely]
+            total, part = templates.sum(y[rows], sigma[rows]), []
+            for label, each in enumerate(near):
+                score = total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else None
+                part.append(np.empty((0, 0)) if score is None else score)
+        found.append(_with_poses(total, np.concatenate(near), count * size))
+    return MapPosterior(*(np.concatenate(values) for values in zip(*(vars(each).values() for each in found))))
+
+
+def _within(grid: np.ndarray, points: np.ndarray, reach: float) -> np.ndarray:
+    """The numbers of those of a grid's points that lie within reach of any of some others, ascending."""
+    if not len(points):
+        return np.empty(0, int)
+    distances, _ = cKDTree(points).query(grid, distance_upper_bound=reach)
+    return np.flatnonzero(np.isfinite(distances))
+
+
+def _with_poses(total: PosteriorSum, rotations: np.ndarray, size: int) -> MapPosterior:
+    """The posterior, with the pose of each image: that of its most likely template, turned back."""
+    posterior = total.result(size=size)
+    turns = Rotation.from_rotvec(np.outer(-posterior.angle, [0, 0, 1]), degrees=True).as_matrix()
+    return MapPosterior(**vars(posterior), rotations=rotations[posterior.reference] @ turns)

@@ -1,0 +1,230 @@
+"""The posterior is Bayes's: closed forms of small worlds, turns, evidence, and the bound that maps converge to."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import fft
+from scipy.spatial.transform import Rotation
+
+from cryo_lib.denoisers import bound
+from cryo_lib.denoisers.posterior import References, choose_temperature, posterior_map, posterior_mean
+from cryo_lib.denoisers.steerable import Basis
+from cryo_lib.denoisers.summing import PosteriorSum, noise_level
+from cryo_lib.denoisers.templates import directions
+from cryo_lib.evaluate.metrics import psnr
+from cryo_lib.simulate.projection import project, random_rotations, rescale
+from tests.simulate.blobs import Blobs
+
+N = 32
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def turned(rotations, degrees):
+    """Poses whose images are turned in the plane, from x towards y."""
+    return rotations @ Rotation.from_rotvec([0, 0, -degrees], degrees=True).as_matrix()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Two volumes, 60 references of each at random poses, and 40 images that are turned references."""
+    volumes = [Blobs(N, reach=8, seed=seed).volume() for seed in (0, 1)]
+    poses = random_rotations(60, 0)
+    references = np.concatenate([rescale(project(volume, poses)) for volume in volumes])
+    rng = np.random.default_rng(1)
+    chosen, degrees = rng.integers(0, 120, 40), rng.uniform(0, 360, 40)
+    x = [rescale(project(volumes[c // 60], turned(poses[[c % 60]], d)))[0] for c, d in zip(chosen, degrees)]
+    return volumes, poses, references, np.array(x), chosen, degrees
+
+
+def noisy(x, sigma, seed=0):
+    return x + np.float32(sigma) * np.random.default_rng(seed).standard_normal(x.shape, np.float32)
+
+
+@pytest.mark.parametrize("n", [32, 33])
+def test_coefficients_keep_inner_products_and_give_the_images_back(n):
+    x = rescale(project(Blobs(n, reach=8).volume(), random_rotations(20, 3)))
+    basis = Basis(x, tolerance=0)
+    values = basis.expand(x)
+    products = (values @ values.conj().T).real.numpy()
+    np.testing.assert_allclose(products, x.reshape(20, -1) @ x.reshape(20, -1).T, rtol=2e-3)
+    assert np.abs(basis.images(values) - x).max() < 0.02
+
+
+@pytest.mark.parametrize("n", [32, 33])
+def test_a_turn_is_a_phase(n):
+    volume, poses = Blobs(n, reach=8).volume(), random_rotations(4, 0)
+    basis = Basis(project(volume, random_rotations(300, 1)), tolerance=1e-6)
+    ours = basis.images(basis.turned(basis.expand(project(volume, poses)), torch.full((4,), np.deg2rad(40.0))))
+    expected = project(volume, turned(poses, 40.0))
+    assert np.abs(ours - expected).max() < 0.02 * expected.max()
+
+
+@pytest.fixture(scope="module")
+def turns(world):
+    """The first 20 references turned degree by degree, on the grey scale of those not turned."""
+    volume, poses = world[0][0], world[1][:20]
+    low, high = (getattr(project(volume, poses), end)(axis=(1, 2))[:, None, None, None] for end in ("min", "max"))
+    images = np.stack([project(volume, turned(poses, degrees)) for degrees in range(360)], 1)
+    return ((images - low) / (high - low)).reshape(-1, N, N)
+
+
+def brute_force(y, references, sigma, transfer=None):
+    """The sum in pixels: the posterior mean, and the mean likelihood over that of noise alone, logarithms."""
+    seen = references if transfer is None else fft.irfft2(fft.rfft2(references) * transfer, s=references.shape[1:])
+    flat = seen.reshape(len(seen), -1).astype(float)
+    logs = (y.reshape(len(y), -1) @ flat.T - 0.5 * np.square(flat).sum(axis=1)) / sigma**2
+    weights = np.exp(logs - logs.max(axis=1, keepdims=True))
+    mean = np.tensordot(weights / weights.sum(axis=1, keepdims=True), references, axes=1)
+    return mean.astype(np.float32), np.log(weights.mean(axis=1)) + logs.max(axis=1)
+
+
+@pytest.mark.parametrize("sigma", [0.15, 0.6])
+def test_the_posterior_is_the_brute_force_sum_to_a_twentieth_of_a_decibel(world, turns, sigma):
+    references, x = world[2], world[3]
+    y = noisy(x, sigma)
+    expected, evidence = brute_force(y, turns, sigma)
+    posterior = References(references[:20], 1e-6, "cpu").posterior(y, sigma)
+    assert psnr(x, posterior.x_hat).mean() == pytest.approx(psnr(x, expected).mean(), abs=0.05)
+    np.testing.assert_allclose(posterior.evidence, evidence, rtol=0.01, atol=0.1)
+
+
+def test_of_two_references_the_weights_are_logistic_in_the_difference_of_likelihoods():
+    """Two discs, which no turn changes: E[x | y] is the closed form of a world of two."""
+    y, x = np.mgrid[:N, :N] - N // 2
+    discs = np.stack([np.exp(-(np.hypot(x, y) ** 2) / (2 * width**2)) for width in (3.0, 4.0)]).astype(np.float32)
+    sigma, seen = 1.0, noisy(np.repeat(discs, 10, axis=0), 1.0)
+    posterior = References(discs, tolerance=0, device="cpu").posterior(seen, sigma)
+    d = (np.square(seen - discs[0]).sum(axis=(1, 2)) - np.square(seen - discs[1]).sum(axis=(1, 2))) / (2 * sigma**2)
+    weight = 1 / (1 + np.exp(-d))
+    expected = discs[0] + weight[:, None, None] * (discs[1] - discs[0])
+    np.testing.assert_allclose(posterior.x_hat, expected, atol=0.01)
+
+
+def test_a_quarter_turn_of_the_image_turns_the_estimate(world):
+    _, _, references, x, *_ = world
+    y, back = noisy(x[:8], 0.3), (-np.arange(N)) % N
+    posterior = References(references, 1e-6, "cpu")
+    there, after = (posterior.posterior(images, 0.3).x_hat for images in (y, y.transpose(0, 2, 1)[:, :, back]))
+    np.testing.assert_allclose(after, there.transpose(0, 2, 1)[:, :, back], atol=0.02)
+
+
+def test_at_low_noise_reference_angle_and_label_are_found(world):
+    _, _, references, x, chosen, degrees = world
+    kept = References(references, 1e-6, "cpu")
+    total = PosteriorSum(kept.basis, noisy(x, 0.02), 0.02, labels=2)
+    for label in (0, 1):
+        total.add(kept.coefficients[60 * label : 60 * (label + 1)], label)
+    posterior = total.result()
+    right = posterior.reference == chosen  # but for views that look the same
+    off = (posterior.angle - degrees + 180) % 360 - 180
+    assert right.mean() > 0.85 and np.abs(off[right]).max() < 2.5 and psnr(x, posterior.x_hat).mean() > 40
+    assert (posterior.labels.argmax(1) == chosen // 60).all()
+    np.testing.assert_allclose(posterior.labels.sum(1), 1, rtol=1e-5)
+
+
+def test_the_sum_does_not_depend_on_the_parts_that_it_is_taken_in(world):
+    _, _, references, x, *_ = world
+    kept, y = References(references, 1e-6, "cpu"), noisy(x, 0.4)
+    total = PosteriorSum(kept.basis, y, 0.4)
+    for part in kept.coefficients.split(7):
+        total.add(part)
+    whole, parts = kept.posterior(y, 0.4), total.result()
+    np.testing.assert_allclose(parts.x_hat, whole.x_hat, atol=1e-4)
+    np.testing.assert_allclose(parts.evidence, whole.evidence, atol=1e-3)
+    assert (parts.reference == whole.reference).all()
+
+
+def test_the_evidence_tells_particles_from_noise_alone(world):
+    _, _, references, x, *_ = world
+    kept, sigma = References(references, 1e-6, "cpu"), 0.6
+    particles, noise = (kept.posterior(noisy(images, sigma, 5), sigma).evidence for images in (x, 0 * x))
+    assert particles.min() > 0 > noise.max()
+
+
+def test_the_noise_level_is_estimated_where_no_particle_is(world):
+    x = world[3]
+    assert noise_level(noisy(x, 0.4)).mean() == pytest.approx(0.4, rel=0.02)
+
+
+def test_ctf_and_coloured_noise_are_those_of_the_brute_force_sum(world, turns):
+    """A transfer function and a spectrum that depend on the ring alone, for which the sum is exact."""
+    references, x = world[2][:20], world[3]
+    k = np.hypot(fft.fftfreq(N)[:, None], fft.rfftfreq(N))
+    transfer, ring = np.cos(12 * k**2).astype(np.float32), np.rint(k * N).astype(int)
+    spectrum = 1 + 3 * np.exp(-np.arange(N // 2 + 1) / 3.0)
+    colour = np.sqrt(np.interp(ring, np.arange(N // 2 + 1), spectrum))
+    noise = fft.irfft2(fft.rfft2(noisy(0 * x, 0.3, 2)) * colour, s=x.shape[1:])
+    y = fft.irfft2(fft.rfft2(x) * transfer, s=x.shape[1:]) + noise
+    given = {"transfer": np.repeat(transfer[None], len(y), 0), "spectrum": spectrum}
+    ours = References(references, 1e-6, "cpu").posterior(y, 0.3, **given).x_hat
+    white = fft.irfft2(fft.rfft2(y) / colour, s=x.shape[1:])
+    expected, _ = brute_force(white, turns, 0.3, transfer / colour)
+    assert psnr(x, ours).mean() == pytest.approx(psnr(x, expected).mean(), abs=0.1)
+    assert psnr(x, ours).mean() > psnr(x, posterior_mean(y, references, 0.3)).mean()
+
+
+def test_between_sparse_references_a_local_model_is_better_where_there_is_little_noise(world):
+    """The temperature is chosen on validation pairs: above 1 there, and 1 where the noise is strong."""
+    volumes = world[0]
+    references = rescale(project(volumes[0], random_rotations(300, 7)))
+    kept = References(references, 1e-6, "cpu")
+    (x_val, x) = (rescale(project(volumes[0], random_rotations(30, seed))) for seed in (8, 9))
+    for sigma, warm in ((0.05, True), (1.0, False)):
+        chosen = choose_temperature(kept, x_val, noisy(x_val, sigma, 3), sigma)
+        assert (chosen > 1) == warm
+        plain, local = (psnr(x, kept.posterior(noisy(x, sigma, 4), sigma, t).x_hat).mean() for t in (1.0, chosen))
+        assert local > plain + 0.5 if warm else local == plain
+
+
+def test_directions_are_even_and_follow_the_seed():
+    points = directions(500, 0)[:, :, 2]
+    nearest = np.sort(np.arccos(np.clip(points @ points.T, -1, 1)), axis=1)[:, 1]
+    assert nearest.min() > 0.6 * np.sqrt(4 * np.pi / 500) and np.abs(points.mean(0)).max() < 0.01
+    np.testing.assert_array_equal(directions(500, 0), directions(500, 0))
+    assert not np.allclose(directions(500, 0), directions(500, 1))
+
+
+def test_the_bound_grows_with_its_templates_and_maps_converge_to_it(world):
+    volumes, x, chosen = world[0], world[3], world[4]
+    for sigma in (0.2, 0.6):
+        y = noisy(x, sigma, 6)
+        steps = list(bound.growth(y, volumes, sigma, 4000, 0, doublings=2))
+        assert [count for count, _ in steps] == [1000, 2000, 4000]
+        values = [psnr(x, each.x_hat).mean() for _, each in steps]
+        assert values[-1] > values[0] - 0.05
+        mapped = posterior_map(y, volumes, sigma, coarse=200, levels=2)
+        assert psnr(x, mapped.x_hat).mean() > values[-1] - 0.3
+    assert mapped.labels.shape == (40, 2) and (mapped.labels.argmax(1) == chosen // 60).mean() > 0.7
+    np.testing.assert_allclose(bound.bayes_mean(y, volumes, sigma, 400, 3).shape, x.shape)
+
+
+def test_a_map_gives_the_pose_of_each_image(world):
+    volumes, poses, _, x, chosen, degrees = world
+    first = chosen < 60
+    found = posterior_map(noisy(x[first], 0.1), volumes[:1], 0.1, coarse=200, levels=2).rotations
+    truth = np.concatenate([turned(poses[[c]], d) for c, d in zip(chosen[first], degrees[first])])
+    errors = Rotation.from_matrix(truth.transpose(0, 2, 1) @ found).magnitude()
+    assert np.rad2deg(np.median(errors)) < 4
+
+
+@pytest.mark.parametrize("sigma", [0, -1.0, np.nan, np.ones(3)])
+def test_a_noise_level_that_is_none_is_named(world, sigma):
+    with pytest.raises(ValueError, match="sigma: expected the noise's sd, one finite number > 0 or 40, got"):
+        posterior_mean(world[3], world[2], sigma)
+
+
+def test_what_does_not_go_together_is_named(world):
+    _, _, references, x, *_ = world
+    kept = References(references, 1e-6, "cpu")
+    with pytest.raises(ValueError, match="images: expected 32 x 32 px, as the references, got 16"):
+        kept.posterior(x[:, 8:24, 8:24], 0.1)
+    with pytest.raises(ValueError, match="transfer: expected finite values of shape"):
+        kept.posterior(x, 0.1, transfer=np.ones((3, N, N // 2 + 1)))
+    with pytest.raises(ValueError, match="spectrum: expected 17 finite powers > 0"):
+        kept.posterior(x, 0.1, spectrum=np.zeros(17))
+    with pytest.raises(ValueError, match="temperature: expected 1 with a transfer or a spectrum"):
+        kept.posterior(x, 0.1, 2.0, spectrum=np.ones(17))
+    with pytest.raises(ValueError, match="references: expected one or more, got none"):
+        PosteriorSum(kept.basis, x, 0.1).result()
+    with pytest.raises(ValueError, match="volumes: expected one or more, got none"):
+        posterior_map(x, [], 0.1)
