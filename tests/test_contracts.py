@@ -17,6 +17,7 @@ simulate.noise.add_noise simulate.contamination.contaminate
 simulate.projection.project simulate.projection.rotation_from_euler simulate.projection.simulate
 stacks.particles.ParticleStack.open stacks.particles.write stacks.particles.new
 denoisers.apply.denoise_stack
+denoisers.posterior.posterior_mean denoisers.posterior.posterior_map denoisers.bound.bayes_mean
 evaluate.reconstruction.reconstruct evaluate.reconstruction.fsc evaluate.reconstruction.resolution
 """.split()
 
