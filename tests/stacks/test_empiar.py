@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import http.server
-import os
 import re
 import shutil
 import threading
@@ -193,9 +192,8 @@ def test_all_particles_make_the_published_star_to_the_letter_but_for_its_stray_9
 def test_the_header_and_the_rows_are_kept_but_for_the_numbers(server, tmp_path):
     server.fetch(tmp_path, 11)
     text = (tmp_path / "particles.star").read_text()
-    published = [line[6:] for line in rows()]
     assert text.startswith(HEAD) and text.count("\n") == LINE + 11
-    assert {line[6:] for line in text[len(HEAD) :].splitlines(keepends=True)} <= set(published)
+    assert {line[6:] for line in text[len(HEAD) :].splitlines(keepends=True)} <= {line[6:] for line in rows()}
 
 
 def test_names_with_the_folder_in_front_are_found_and_kept(server, truth, tmp_path):
@@ -210,9 +208,7 @@ def test_an_image_that_two_rows_share_comes_once(server, truth, tmp_path):
     lines = rows()
     lines[1] = row(1, lines[0].split()[0])
     server.files["/P/shiny_2sets.star"] = (HEAD + "".join(lines)).encode()
-    particles = server.fetch(tmp_path, 40)
-    wanted = truth.images[[0, 0, *range(2, 40)]]
-    assert particles.images[:].tobytes() == wanted.tobytes()
+    assert server.fetch(tmp_path, 40).images[:].tobytes() == truth.images[[0, 0, *range(2, 40)]].tobytes()
 
 
 def test_only_what_was_asked_for_is_served(server, tmp_path):
@@ -246,11 +242,9 @@ def test_a_stack_that_is_not_the_one_wanted_is_fetched_again(server, truth, tmp_
     path.unlink()
     if spoil in ("short", "long"):
         path.write_bytes(content[:-4] if spoil == "short" else content + b"\0")
-    elif spoil == "mode":
-        stack(path, 2 * n, dtype="i2")  # as many bytes
-    elif spoil != "removed":
-        box = BOX - 4 * (spoil == "box")
-        stack(path, n + (spoil == "number"), box, box)
+    elif spoil != "removed":  # as many bytes in another mode, another box or number
+        options = {"mode": {"n": 2 * n, "dtype": "i2"}, "box": {"n": n, "h": 12, "w": 12}, "number": {"n": n + 1}}
+        stack(path, **options[spoil])
     server.log.clear()
     require_right(server.fetch(tmp_path, 20), truth)
     assert path.read_bytes() == content and MANY in "".join(path for path, *_ in server.log)
@@ -350,23 +344,17 @@ def test_a_part_of_another_selection_is_not_gone_on_with(server, truth, tmp_path
     require_right(server.fetch(tmp_path, 30), truth)  # and leaves nothing: see Server.fetch
 
 
-def test_a_stack_that_has_changed_is_not_gone_on_with(server, truth, tmp_path):
-    content = server.files[f"/P/{MANY}"]
-    server.files[f"/P/{MANY}"] = stack(tmp_path / "other.mrcs", 21)
-    server.cuts[f"/P/{MANY}"] = [1024, 1500, 0, 0]
+@pytest.mark.parametrize("path", [f"/P/{MANY}", "/m.gz"])
+def test_a_stack_or_map_that_has_changed_is_not_gone_on_with(server, truth, tmp_path, path):
+    content = server.files[path]
+    changed = np.random.default_rng(2).normal(size=(13, 13, 13)).astype(np.float32)
+    other_map = gzip.compress(write_map(tmp_path / "other.mrc", changed, 1.34).read_bytes())
+    server.files[path] = other_map if path == "/m.gz" else stack(tmp_path / "other.mrcs", 21)
+    server.cuts[path] = [1024, 1500, 0, 0]
     with pytest.raises(ConnectionError):
         server.fetch(tmp_path, 40)
-    server.files[f"/P/{MANY}"] = content
+    server.files[path] = content
     require_right(server.fetch(tmp_path, 40), truth)
-
-
-def test_a_map_that_has_changed_is_not_gone_on_with(server, tmp_path):
-    server.cuts["/m.gz"] = [1024, 1500, 0, 0]
-    with pytest.raises(ConnectionError):
-        server.fetch(tmp_path, 1)
-    changed = np.random.default_rng(2).normal(size=(13, 13, 13)).astype(np.float32)
-    server.files["/m.gz"] = gzip.compress(write_map(tmp_path / "other.mrc", changed, 1.34).read_bytes())
-    server.fetch(tmp_path, 1)
 
 
 def test_another_map_in_the_same_folder_is_replaced(server, tmp_path):
@@ -375,21 +363,13 @@ def test_another_map_in_the_same_folder_is_replaced(server, tmp_path):
     server.fetch(tmp_path, 1)
 
 
-def test_the_pipelines_notebook_fetches_through_its_parameters(server, truth, tmp_path):
+def test_the_pipelines_notebook_fetches_through_its_parameters(server, truth, tmp_path, monkeypatch):
     """Notebook 09 with `source: empiar`, from the root of a repository whose data lie elsewhere."""
     (tmp_path / "dvc.yaml").touch()
-    options = {
-        "source": "empiar",
-        "n_particles": 20,
-        "particles_url": f"{server.url}/P",
-        "map_url": f"{server.url}/m.gz",
-    }
-    here = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        notebooks.run(ROOT / "notebooks" / "09_fetch_particles.ipynb", tmp_path / "out.ipynb", options)
-    finally:
-        os.chdir(here)
+    urls = {"particles_url": f"{server.url}/P", "map_url": f"{server.url}/m.gz"}
+    options = {"source": "empiar", "n_particles": 20} | urls
+    monkeypatch.chdir(tmp_path)
+    notebooks.run(ROOT / "notebooks" / "09_fetch_particles.ipynb", tmp_path / "out.ipynb", options)
     folder = tmp_path / "data" / "laptop" / "particles"
     require_right(ParticleStack.open(folder / "particles.star", project=folder), truth)
 
@@ -479,9 +459,7 @@ def edited(server, edit) -> None:
     server.files["/P/shiny_2sets.star"] = (HEAD + "".join(edit(rows()))).encode()
 
 
-@pytest.mark.parametrize(
-    "image", ["000000@MRC/a.mrcs", "MRC/a.mrcs", "1@../a.mrcs", "1@MRC/../../a.mrcs", "1@/tmp/a.mrcs", "-1@a.mrcs"]
-)
+@pytest.mark.parametrize("image", "00@M/a.mrcs M/a.mrcs 1@../a.mrcs 1@M/../../a.mrcs 1@/tmp/a.mrcs -1@a.mrcs".split())
 def test_a_row_without_an_image_below_the_folder_is_named(server, tmp_path, image):
     edited(server, lambda lines: [*lines[:3], row(3, image), *lines[4:]])
     message = rf"shiny_2sets.star: .* line {LINE + 4}: expected a row with an image, as .*, got b'{image} "
@@ -513,50 +491,32 @@ def test_any_other_fault_in_a_row_is_left_for_the_reader_to_refuse(server, tmp_p
     assert "stray" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "n, error", [(41, "at most 40, as shiny_2sets.star has, got 41"), (0, "an integer >= 1, got 0")]
-)
+@pytest.mark.parametrize("n, error", [(41, "at most 40, as shiny_2sets.star has, got 41"), (0, "an integer >= 1")])
 def test_more_particles_than_there_are_or_none_are_refused(server, tmp_path, n, error):
     require_refused(server, tmp_path, ValueError, f"n_particles: expected {error}", n)
     assert {path for path, *_ in server.log} <= {"/P/shiny_2sets.star"}
 
 
-def cut_off(packed: bytes) -> bytes:
-    return packed[:-400]
-
-
-def crc(packed: bytes) -> bytes:
-    return packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:]
-
-
-def no_deflate(packed: bytes) -> bytes:
-    return packed[:10] + b"\xff" + packed[11:]
-
-
-@pytest.mark.parametrize("spoil", [cut_off, crc, no_deflate])
+@pytest.mark.parametrize("spoil", ["cut off", "checksum", "no deflate"])
 def test_a_damaged_gzip_file_is_named_and_fetched_afresh_once_it_is_whole(server, tmp_path, spoil):
     whole = server.files["/m.gz"]
-    server.files["/m.gz"] = spoil(whole)
-    require_refused(
-        server, tmp_path, ValueError, "m.gz: expected emd_2660.map, got .* .expected a whole gzip file, got"
-    )
+    wrong_sum, no_deflate = whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:], whole[:10] + b"\xff" + whole[11:]
+    server.files["/m.gz"] = {"cut off": whole[:-400], "checksum": wrong_sum, "no deflate": no_deflate}[spoil]
+    message = "m.gz: expected emd_2660.map, got .* .expected a whole gzip file, got"
+    require_refused(server, tmp_path, ValueError, message)
     assert not (tmp_path / "map.mrc").exists()
     server.files["/m.gz"] = whole
     server.fetch(tmp_path, 1)
 
 
-@pytest.mark.parametrize(
-    "shape, voxel, got", [((12, 12, 11), 1.34, r"\(12, 12, 11\)"), ((12, 12, 12), 0.0, "voxels of 0 A")]
-)
-def test_a_map_that_is_no_cube_or_has_no_voxel_size_is_refused(server, tmp_path, shape, voxel, got):
+@pytest.mark.parametrize("n, voxel, got", [(11, 1.34, r"\(12, 12, 11\)"), (12, 0.0, "voxels of 0 A")])
+def test_a_map_that_is_no_cube_or_has_no_voxel_size_is_refused(server, tmp_path, n, voxel, got):
     path = tmp_path / "other.mrc"
-    mrcfile.write(path, np.random.default_rng(0).normal(size=shape).astype(np.float32), voxel_size=voxel)
+    mrcfile.write(path, np.random.default_rng(0).normal(size=(12, 12, n)).astype(np.float32), voxel_size=voxel)
     server.files["/m.gz"] = gzip.compress(path.read_bytes())
     require_refused(server, tmp_path, ValueError, f"m.gz: .*expected a cubic map with its voxel size, got .*{got}")
     shutil.copy(path, tmp_path / empiar.PUBLISHED_MAP)
-    require_refused(
-        server, tmp_path, ValueError, f"emd_2660.map: expected a cubic map .*{got}.*; delete it and run again"
-    )
+    require_refused(server, tmp_path, ValueError, f"emd_2660.map: expected a cubic map .*{got}.*; delete it and run")
 
 
 @pytest.mark.parametrize("free, wanted", [(100, "shiny_2sets.star"), (40 * IMAGE - 1, "stacks")])
