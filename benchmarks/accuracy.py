@@ -32,7 +32,7 @@ def write_pairs(folder: Path, size: int, counts: dict[str, int]) -> Path:
 
 
 def run(device: str, size: Size) -> dict[str, Any]:
-    """Trainings of one method of each kind: a row a method and precision, with the validation PSNR (dB) of each seed."""
+    """Trainings of one method of each kind: a row a method and precision, with the validation PSNR (dB) by seed."""
     chosen = size.accuracy
     network = {"width": chosen["width"], "batch_size": chosen["batch"], "epochs": chosen["epochs"], "decay": 0.7}
     rows = []

@@ -55,8 +55,8 @@ class Size:
     memory_images : lengths of the `.mrcs` stacks of 32 px whose denoising must not take more memory. memory_star : of a
         `.star` stack.
     geometry_size, geometry_images : px, and projections made and reconstructed from.
-    accuracy : of the trainings whose PSNR is compared by precision: size (px), width, batch, pairs, validation (images),
-        epochs, seeds.
+    accuracy : of the trainings whose PSNR is compared by precision: size (px), width, batch, pairs, validation
+        (images), epochs, seeds.
     growth : curves of the training. growth_seconds, growth_repeats : of the timings of each of their points.
     """
 

@@ -177,9 +177,7 @@ def test_ice_is_one_to_three_bright_patches_of_a_few_sd():
 @pytest.mark.parametrize("kind", "OJ")
 def test_kinds_that_project_anew_need_the_views_of_these_references(views, kind):
     x, y, source = views
-    with pytest.raises(
-        ValueError, match=f"kind {kind}: expected the `views` that the references were .* from, got None"
-    ):
+    with pytest.raises(ValueError, match=f"kind {kind}: expected the `views` that .* were projected from, got None"):
         contaminate(x, y, kind, 0.1, 0)
     with pytest.raises(ValueError, match=r"views: expected .* of shapes \(\(16, 16, 16\), \(20, 3, 3\), \(20,\)\)"):
         contaminate(x[:20], y[:20], kind, 0.1, 0, views=source)

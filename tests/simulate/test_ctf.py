@@ -17,7 +17,7 @@ needs_relion = pytest.mark.skipif(shutil.which("relion_project") is None, reason
 
 
 def microscope(m: int, seed: int = 0) -> pd.DataFrame:
-    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor and scale, by RELION's labels."""
+    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor, scale, by RELION's labels."""
     rng = np.random.default_rng(seed)
     u, extra = rng.uniform(8000, 39000, m), np.arange(m) % 2
     defocus = {"rlnDefocusU": u, "rlnDefocusV": u - rng.uniform(0, 2000, m), "rlnDefocusAngle": rng.uniform(-90, 90, m)}

@@ -354,11 +354,8 @@ def test_mixed_optics_are_refused_and_unused_or_equal_ones_are_not(tmp_path):
     refused(mixed, "one pixel size", "1.2, 1.5", "split")
     unused = make_star(tmp_path / "y.star", "1@s.mrcs 1\n2@s.mrcs 1\n", optics=optics)
     assert ParticleStack.open(unused).pixel_size == 1.5
-    boxes = make_star(
-        tmp_path / "z.star",
-        "1@s.mrcs 1\n2@s.mrcs 2\n",
-        optics=optics.replace("1.2 300 2.7 0.1 8", "1.5 300 2.7 0.1 10"),
-    )
+    optics = "1 1.5 300 2.7 0.1 8\n2 1.5 300 2.7 0.1 10\n"
+    boxes = make_star(tmp_path / "z.star", "1@s.mrcs 1\n2@s.mrcs 2\n", optics=optics)
     refused(boxes, "data_optics", "expected rlnImageSize 8, as the stacks", "got {10}", "correct")
 
 
