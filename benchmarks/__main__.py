@@ -20,14 +20,8 @@ from cryo_lib.files import cores, write_json, write_text
 from cryo_lib.networks import models
 from cryo_lib.paper.report import insert
 
-MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {
-    "steps": steps.run,
-    "denoise": denoise.run,
-    "memory": denoise.run_memory,
-    "geometry": geometry.run,
-    "growth": growth.run,
-    "accuracy": accuracy.run,
-}
+MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {"steps": steps.run, "denoise": denoise.run}
+MEASUREMENTS |= {"memory": denoise.run_memory, "geometry": geometry.run, "growth": growth.run, "accuracy": accuracy.run}
 FOLDERS = {"full": ROOT / "benchmarks" / "results", "quick": ROOT / "build" / "benchmarks"}
 
 
@@ -38,16 +32,10 @@ def environment(device: str) -> dict[str, Any]:
     wanted to, over the minute before.
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "device_type": device,
-        "cores": cores(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "revision": revision or "unknown",
-    }
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    machine = {"device": name, "device_type": device, "cores": cores(), "load": round(os.getloadavg()[0], 2)}
+    return machine | {"torch": torch.__version__, "python": platform.python_version(), "revision": revision}
 
 
 def _processor() -> str:
@@ -75,9 +63,8 @@ def measure(device: str, size: str, only: Sequence[str], out: Path) -> dict[str,
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see `python -m benchmarks --help`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto takes a GPU that torch can use"
-    )
+    devices = ("auto", "cpu", "cuda")
+    parser.add_argument("--device", default="auto", choices=devices, help="auto takes a GPU that torch can use")
     parser.add_argument("--size", default="full", choices=FOLDERS, help="quick is for tests: its numbers mean nothing")
     parser.add_argument("--only", default=",".join(MEASUREMENTS), help="sections, with commas: %(default)s")
     parser.add_argument("--out", type=Path, help="folder; benchmarks/results, or build/benchmarks for the quick size")

@@ -12,12 +12,7 @@ from cryo_lib.files import atomic
 from cryo_lib.paper import figures
 from cryo_lib.paper.methods import METHODS
 
-LABELS = {
-    "size": "image size (px)",
-    "width": "width (channels)",
-    "pairs": "training pairs",
-    "images": "images denoised",
-}
+AXES = {"size": "image size (px)", "width": "width (channels)", "pairs": "training pairs", "images": "images denoised"}
 
 
 def _points(results: dict[str, Any]) -> dict[str, list[tuple[int, float, int]]]:
@@ -63,7 +58,7 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
         scale = 1 if axis == "images" else 1e3
         _curve(above, value, [scale * each for each in seconds], "o-", METHODS["beta_05_05_l1"].colour)
         _curve(below, value, [each / 2**20 for each in memory], "s-", METHODS["l2_ae"].colour)
-        below.set_xlabel(LABELS[axis])
+        below.set_xlabel(AXES[axis])
         below.set_xticks(value, _numbers(value))
         below.minorticks_off()
         above.set_ylabel("s, all images" if axis == "images" else "ms an iteration")

@@ -138,15 +138,8 @@ def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
     print("denoising: ours and Topaz-Denoise", flush=True)
     stack = str(write_noise(scratch / "stack.mrcs", size.denoise_images, size.denoise_size))
     common, batch = {"device": device, "stack": stack}, size.denoise_batch
-    tasks: dict[str, dict[str, Any]] = {
-        f"Ours, {precision}": {
-            "task": "denoise:ours",
-            "precision": precision,
-            "batch": batch,
-            "width": size.denoise_width,
-        }
-        for precision in size.precisions
-    }
+    ours = {"task": "denoise:ours", "batch": batch, "width": size.denoise_width}
+    tasks = {f"Ours, {precision}": ours | {"precision": precision} for precision in size.precisions}
     if installed():
         tasks["Topaz-Denoise, in batches"] = {"task": "denoise:topaz", "batch": batch}
         tasks["Topaz-Denoise, its denoise_stack"] = {"task": "denoise:topaz", "batch": None}

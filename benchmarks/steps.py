@@ -80,10 +80,8 @@ def compare(device: str, configuration: Configuration, method: str) -> dict[str,
     """Ours and the plain loop in turn: images/s of all trainings together, peak memory of one, our step's count."""
     network = {"size": configuration.size, "width": configuration.width, "batch": configuration.batch}
     common = {"device": device, "method": method, "pairs": configuration.pairs} | network
-    with (
-        Gang("steps:ours", precision=configuration.precision, **side_by_side(device), **common) as a,
-        Gang("steps:plain", **common) as b,
-    ):
+    ours = side_by_side(device) | {"precision": configuration.precision}
+    with Gang("steps:ours", **ours, **common) as a, Gang("steps:plain", **common) as b:
         gangs = {"ours": a, "plain": b}
         requests = {name: {"iterations": iterations_for(gang, configuration.seconds)} for name, gang in gangs.items()}
         rates = alternate(gangs, requests, configuration.repeats)

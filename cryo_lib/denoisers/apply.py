@@ -80,8 +80,10 @@ def denoise_stack(
                 x_hat = np.empty_like(y)
                 for half, each in model.items():
                     chosen = half_sets[part] == half
-                    if chosen.any():
-                        x_hat[chosen] = _apply(each, y[chosen], batch_size, precision)
+                    if chosen.any() and isinstance(each, torch.nn.Module):
+                        x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
+                    elif chosen.any():
+                        x_hat[chosen] = each(y[chosen])
                 yield from parallel.in_order(x_hat, batch_size)
 
     if parallel.rank():
@@ -123,9 +125,8 @@ def fit(
     ValueError : a box, a pixel size or a contrast that the network was not trained for; a card that does not say.
     """
     if missing := [key for key in ("image_size", "pixel_size", "background") if key not in card]:
-        raise ValueError(
-            f"card: expected image_size, pixel_size and background, got no {', '.join(missing)}; train it again"
-        )
+        lacking = ", ".join(missing)
+        raise ValueError(f"card: expected image_size, pixel_size and background, got no {lacking}; train it again")
     size, scale, background = card["image_size"], card["pixel_size"], card["background"]
     if stack.pixel_size is None:
         problem = f"expected a pixel size, to compare with the network's {scale:g} A, got none"
@@ -157,9 +158,3 @@ def _check_size(model: Denoiser, stack: ParticleStack) -> None:
             f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, found))}; "
             "rescale or crop the stack explicitly, or train a network for its size"
         )
-
-
-def _apply(model: Denoiser, y: np.ndarray, batch_size: int, precision: str) -> np.ndarray:
-    if isinstance(model, torch.nn.Module):
-        return models.denoise_images(model, y, batch_size, precision=precision)
-    return model(y)

@@ -213,14 +213,8 @@ def _learn_dictionary(y: np.ndarray, sigma: np.ndarray, seed: int) -> np.ndarray
     cosines = np.cos(np.pi / ATOMS_PER_AXIS * np.outer(np.arange(ATOMS_PER_AXIS), np.arange(PATCH)))
     cosines[1:] -= cosines[1:].mean(axis=1, keepdims=True)
     cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
-    learner = DictionaryLearning(
-        ATOMS_PER_AXIS**2,
-        transform_algorithm=_omp,
-        max_iter=SWEEPS,
-        dict_init=np.kron(cosines, cosines),
-        fit_algorithm="aksvd",
-        replace_unused_atoms="no",
-    )
+    options = {"transform_algorithm": _omp, "fit_algorithm": "aksvd", "replace_unused_atoms": "no", "max_iter": SWEEPS}
+    learner = DictionaryLearning(ATOMS_PER_AXIS**2, dict_init=np.kron(cosines, cosines), **options)
     return learner.fit(patches).components_
 
 

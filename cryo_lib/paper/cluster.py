@@ -73,9 +73,8 @@ def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run
     for pattern in patterns or ["*"]:
         matching = [task for task, name in names.items() if fnmatchcase(name, pattern)]
         if not matching:
-            raise ValueError(
-                f"pattern: expected one of trainings such as {next(iter(names.values()))}, got {pattern!r}; see `list`"
-            )
+            example = next(iter(names.values()))
+            raise ValueError(f"pattern: expected one of trainings such as {example}, got {pattern!r}; see `list`")
         found |= dict.fromkeys(matching)
     return list(found)
 
@@ -113,22 +112,20 @@ def ranges(indices: list[int]) -> str:
     """Ascending integers as SLURM writes them: [0, 1, 2, 5] is "0-2,5"."""
     parts: list[list[int]] = []
     for i in indices:
-        if parts and i == parts[-1][-1] + 1:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
+        if not parts or i != parts[-1][-1] + 1:
+            parts.append([])
+        parts[-1].append(i)
     return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
 
 
 def train(params: dict[str, Any], index: int) -> Path:
     """Run one training through notebook 03, going on where an interrupted one stopped; the executed notebook's path."""
-    everything = tasks(params)
+    everything, scale = tasks(params), params["scale"]
     if not 0 <= index < len(everything):
-        raise ValueError(
-            f"index: expected 0 to {len(everything) - 1}, the trainings of the scale {params['scale']!r}, got {index}"
-        )
+        trainings = f"0 to {len(everything) - 1}, the trainings of the scale {scale!r}"
+        raise ValueError(f"index: expected {trainings}, got {index}")
     study, run = everything[index]
-    out = Path("executed", params["scale"], "cluster", f"{study}-{run.folder.as_posix().replace('/', '-')}.ipynb")
+    out = Path("executed", scale, "cluster", f"{study}-{run.folder.as_posix().replace('/', '-')}.ipynb")
     return notebooks.run(NOTEBOOK, out, parameters(params, study, run), complete=True)
 
 
@@ -190,9 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(ranges([i for i, task in chosen(params, options.studies).items() if not finished(params, *task)]))
         else:
             for i, (study, run) in chosen(params, options.studies).items():
-                print(
-                    f"{i:4d}  {'finished' if finished(params, study, run) else '-':8s}  {study}/{run.folder.as_posix()}"
-                )
+                state = "finished" if finished(params, study, run) else "-"
+                print(f"{i:4d}  {state:8s}  {study}/{run.folder.as_posix()}")
     except (RuntimeError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

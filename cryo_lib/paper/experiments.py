@@ -13,23 +13,16 @@ from cryo_lib.networks.runs import Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
-KEYS = set(
-    "scale structure data baselines studies supplement_studies particle_studies kinds study train export reconstruct "
-    "relion assign particles pairs denoise weights".split()
-)
+KEYS = {*"scale structure data baselines studies supplement_studies particle_studies kinds study train export".split()}
+KEYS |= {"reconstruct", "relion", "assign", "particles", "pairs", "denoise", "weights"}
 GRID = ("methods", "experiments", "seeds", "variants")
-DATASETS = {
-    "rnap": "projections",
-    "ribosome": "pairs",
-}  # the pairs that studies train on, and the stages that make them
+DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 
 
 def grid(study: dict[str, Any]) -> list[Run]:
     """The runs of a study of a parameter file; ValueError for a key that is missing or unknown."""
-    if set(study) != {"dataset", "changes", *GRID}:
-        raise ValueError(
-            f"study: expected the keys dataset, changes, {', '.join(GRID)}, got {', '.join(sorted(study))}"
-        )
+    if set(study) != {*(keys := ("dataset", "changes", *GRID))}:
+        raise ValueError(f"study: expected the keys {', '.join(keys)}, got {', '.join(sorted(study))}")
     return expand({key: study[key] for key in GRID})
 
 
@@ -43,11 +36,9 @@ def settings_of(params: dict[str, Any], name: str, run: Run) -> Settings:
 def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dict[Path, Run]:
     """The folder of every run of some studies below `folder`, and the run; FileNotFoundError where one is missing."""
     expected = {folder / name / run.folder: run for name in names for run in grid(params["study"][name])}
-    gaps = [str(path) for path in expected if not (path / "generator.safetensors").is_file()]
-    if gaps:
-        raise FileNotFoundError(
-            f"{len(gaps)} of {len(expected)} runs are missing, the first {gaps[0]}: run `dvc repro` for them"
-        )
+    if gaps := [path for path in expected if not (path / "generator.safetensors").is_file()]:
+        counted = f"{len(gaps)} of {len(expected)} runs are missing"
+        raise FileNotFoundError(f"{counted}, the first {gaps[0]}: run `dvc repro` for them")
     return expected
 
 
@@ -69,11 +60,9 @@ def read_scale(path: str | Path) -> dict[str, Any]:
         if wrong := sorted(KEYS ^ set(params)):
             expected = ", ".join(sorted(KEYS))
             raise ValueError(f"expected the sections {expected}; missing or unknown: {', '.join(wrong)}")
-        listed = params["studies"] + params["particle_studies"]
-        if listed != list(params["study"]):
-            raise ValueError(
-                f"the lists of studies hold {listed}, expected the entries of study: {list(params['study'])}"
-            )
+        listed, entries = params["studies"] + params["particle_studies"], list(params["study"])
+        if listed != entries:
+            raise ValueError(f"the lists of studies hold {listed}, expected the entries of study: {entries}")
         if strays := set(params["supplement_studies"]) - set(params["studies"]):
             raise ValueError(f"supplement_studies: expected some of studies, got {', '.join(sorted(strays))}")
         for name, study in params["study"].items():
@@ -82,10 +71,8 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:
-            names = ", ".join(missing)
-            raise ValueError(
-                f"export, assign, denoise and weights use runs that no study makes: {names}; add them to a study"
-            )
+            used = "export, assign, denoise and weights use runs that no study makes"
+            raise ValueError(f"{used}: {', '.join(missing)}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
     return params

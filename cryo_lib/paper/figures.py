@@ -25,26 +25,13 @@ WIDTH = 7.0  # inches, two journal columns
 
 def use_style() -> None:
     """Set matplotlib's defaults: 8 pt sans serif, thin axes, embedded fonts, no random ids."""
-    plt.rcParams.update(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 8,
-            "axes.titlesize": 8,
-            "axes.labelsize": 8,
-            "legend.fontsize": 7,
-            "legend.frameon": False,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.linewidth": 0.7,
-            "lines.linewidth": 1.3,
-            "lines.markersize": 4,
-            "figure.dpi": 120,
-            "savefig.dpi": 300,
-            "figure.constrained_layout.use": True,
-            "pdf.fonttype": 42,
-            "svg.hashsalt": "cryo_lib",
-        }
-    )
+    mpl.rc("font", family="DejaVu Sans", size=8)
+    mpl.rc("axes", titlesize=8, labelsize=8, linewidth=0.7)
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc("legend", fontsize=7, frameon=False)
+    mpl.rc("lines", linewidth=1.3, markersize=4)
+    files = {"figure.dpi": 120, "savefig.dpi": 300, "pdf.fonttype": 42, "svg.hashsalt": "cryo_lib"}
+    plt.rcParams.update(files | {"figure.constrained_layout.use": True})
 
 
 def save(figure: Figure, path: str | Path) -> list[Path]:
@@ -67,15 +54,8 @@ def scale_bar(ax: Axes, pixel_size: float, length: float, image_size: int, colou
     """A bar of `length` A at the lower left of an image of `image_size` px of `pixel_size` A, its length written."""
     pixels, margin = length / pixel_size, 0.06 * image_size
     ax.add_patch(Rectangle((margin, image_size - margin), pixels, 0.02 * image_size, color=colour, lw=0))
-    ax.text(
-        margin + pixels / 2,
-        image_size - 1.4 * margin,
-        f"{length:g} Å",
-        color=colour,
-        ha="center",
-        va="bottom",
-        fontsize=6,
-    )
+    x, y = margin + pixels / 2, image_size - 1.4 * margin
+    ax.text(x, y, f"{length:g} Å", color=colour, ha="center", va="bottom", fontsize=6)
 
 
 def bar_length(side: float) -> float:
@@ -142,11 +122,8 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
         points = np.tensordot(rotation, np.stack(np.broadcast_arrays(x, y, z)), axes=1) + centre
         return map_coordinates(array, points[::-1], order=1, mode="constant")
 
-    front, hit, previous = (
-        np.full((pixels, pixels), np.nan),
-        np.zeros((pixels, pixels), bool),
-        np.zeros((pixels, pixels)),
-    )
+    front, previous = np.full((pixels, pixels), np.nan), np.zeros((pixels, pixels))
+    hit = np.zeros((pixels, pixels), bool)
     for z in depth:
         plane = sample(smooth, side[None, :], side[:, None], z)
         new = (plane >= level) & ~hit
@@ -210,7 +187,7 @@ def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
     stages = trace(model)
     shapes = [(1, model.image_size, model.image_size)] + [shape for *_, shape in stages]
     colours = {"in": "#dddddd", "conv": "#7fb2d9", "transposed": "#f0b27a", "residual": "#8cc9a1"}
-    tallest, at, tops = model.image_size, 0.0, []
+    tallest, at, tops, arrow = model.image_size, 0.0, [], {"arrowstyle": "-|>", "mutation_scale": 6}
 
     def slab(shape: tuple[int, ...], colour: str, thickness: float) -> float:
         nonlocal at
@@ -231,39 +208,26 @@ def draw_network(ax: Axes, model: torch.nn.Module, tail: str) -> None:
         tops.append((start + thickness / 2, height / 2))
         ax.text(middle, bottom, f"{shape[0]} × {shape[1]}²", ha="center", va="top", fontsize=6.5)
         note = f"+ {blocks} residual" if blocks else ("" if i == 0 else name.replace(", ", ",\n"))
-        ax.text(
-            middle, bottom - 0.22, note, ha="center", va="top", fontsize=5.5, color="#2e7d4f" if blocks else "#333333"
-        )
+        colour = "#2e7d4f" if blocks else "#333333"
+        ax.text(middle, bottom - 0.22, note, ha="center", va="top", fontsize=5.5, color=colour)
         if i + 1 < len(shapes):
-            ax.add_patch(
-                FancyArrowPatch(
-                    (at + 0.04, 0), (at + 0.42, 0), arrowstyle="-|>", mutation_scale=6, lw=0.7, color="#333333"
-                )
-            )
+            ax.add_patch(FancyArrowPatch((at + 0.04, 0), (at + 0.42, 0), lw=0.7, color="#333333", **arrow))
             at += 0.46
     ax.text(at + 0.1, 0, tail, ha="left", va="center", fontsize=6.5)
     for up in range(1, len(getattr(model, "up", [])) + 1):
         (x0, y0), (x1, y1) = tops[len(model.down) - up], tops[len(model.down) + up]
         y = max(y0, y1) + 0.3
         ax.plot([x0, x0, x1], [y0, y, y], color="#b03a2e", lw=0.8, ls=(0, (3, 1.5)))
-        ax.add_patch(
-            FancyArrowPatch((x1, y), (x1, y1), arrowstyle="-|>", mutation_scale=6, lw=0.8, color="#b03a2e", shrinkB=0)
-        )
-        ax.text(
-            (x0 + x1) / 2, y + 0.03, "skip, added before ReLU", fontsize=5.5, color="#b03a2e", ha="center", va="bottom"
-        )
-    handles = [
-        Rectangle((0, 0), 1, 1, facecolor=colours[k], edgecolor="#333333", lw=0.5)
-        for k in ("conv", "transposed", "residual")
-    ]
-    names = [
-        "conv 4×4, stride 2 + BN + ReLU",
-        "transposed conv 4×4, stride 2 + BN + ReLU",
-        "residual block: ReLU(x + BN(conv 3×3 x))",
-    ]
-    if not hasattr(model, "up"):
-        handles, names = handles[::2], names[::2]
-    ax.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=6, handlelength=1)
+        ax.add_patch(FancyArrowPatch((x1, y), (x1, y1), lw=0.8, color="#b03a2e", shrinkB=0, **arrow))
+        style = {"fontsize": 5.5, "color": "#b03a2e", "ha": "center", "va": "bottom"}
+        ax.text((x0 + x1) / 2, y + 0.03, "skip, added before ReLU", **style)
+    names = {"conv": "conv 4×4, stride 2 + BN + ReLU"}
+    if hasattr(model, "up"):
+        names["transposed"] = "transposed conv 4×4, stride 2 + BN + ReLU"
+    names["residual"] = "residual block: ReLU(x + BN(conv 3×3 x))"
+    handles = [Rectangle((0, 0), 1, 1, facecolor=colours[name], edgecolor="#333333", lw=0.5) for name in names]
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3}
+    ax.legend(handles, names.values(), fontsize=6, handlelength=1, **place)
     ax.set(xlim=(-0.3, at + 1.2), ylim=(-1.95, 1.45), aspect="equal")
     ax.set_axis_off()
 
@@ -348,6 +312,5 @@ def _fsc_axes(ax: Axes, threshold: float, title: str, pixel_size: float) -> None
     ax.text(0.995 * nyquist, threshold + 0.015, f"{threshold:g}", ha="right", fontsize=6.5, color="#444444")
     ax.set_xticks([1 / resolution for resolution in ticks], [f"{resolution:g}" for resolution in ticks])
     lowest = min(np.min(line.get_ydata(), initial=0.0) for line in ax.lines)
-    ax.set(
-        xlim=(0, nyquist), ylim=(min(-0.1, lowest - 0.04, ax.get_ylim()[0]), 1.04), xlabel="resolution (Å)", title=title
-    )
+    bottom = min(-0.1, lowest - 0.04, ax.get_ylim()[0])
+    ax.set(xlim=(0, nyquist), ylim=(bottom, 1.04), xlabel="resolution (Å)", title=title)

@@ -35,11 +35,8 @@ def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any], co
 
     With `complete` also for one that is not given: a parameter file that lacks a key must not fall back on a default.
     """
-    missing = sorted(set(known) - set(given)) if complete else []
-    if missing:
-        raise NotebookError(
-            f"{name}: expected all of its parameters, {', '.join(missing)} not given; add to the section, or use -p"
-        )
+    if complete and (missing := ", ".join(sorted(set(known) - set(given)))):
+        raise NotebookError(f"{name}: expected all of its parameters, {missing} not given; add to section, or use -p")
     for key, value in given.items():
         if key not in known:
             raise NotebookError(f"{name}: unknown parameter {key!r}; it declares {', '.join(sorted(known))}")
@@ -67,9 +64,8 @@ def section(params: dict[str, Any], dotted: str) -> dict[str, Any]:
 def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.NotebookNode:
     """A notebook that takes these parameters; NotebookError where there is none or it does not."""
     if not path.is_file():
-        raise NotebookError(
-            f"{path}: no such notebook; there are {', '.join(map(str, sorted(path.parent.glob('*.ipynb'))))}"
-        )
+        there = ", ".join(map(str, sorted(path.parent.glob("*.ipynb"))))
+        raise NotebookError(f"{path}: no such notebook; there are {there}")
     notebook = nbformat.read(path, as_version=4)
     check_parameters(path.name, declared(notebook, path.name), parameters, complete)
     return notebook
@@ -97,23 +93,14 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    kernel = {"kernel_name": "python3", "language": "python"}
+    kernel |= {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    streams = {"log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     try:
-        papermill.execute_notebook(
-            notebook,
-            out,
-            parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=False,
-            log_output=True,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-        )
+        papermill.execute_notebook(notebook, out, parameters, **kernel, **streams)
     except PapermillExecutionError as error:
-        raise NotebookError(
-            f"{notebook}: cell {error.exec_count} failed: {error.ename}: {error.evalue} (executed copy: {out})"
-        ) from error
+        what = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
+        raise NotebookError(f"{notebook}: {what} (executed copy: {out})") from error
     return out
 
 
@@ -146,11 +133,9 @@ def find(name: str, folder: str | Path = "notebooks") -> Path:
         return Path(name)
     found = sorted(Path(folder).glob(f"{name}_*.ipynb"))
     if len(found) != 1:
-        there = (
-            ", ".join(path.stem for path in sorted(Path(folder).glob("*.ipynb")))
-            or "none; start in the repository's root"
-        )
-        raise NotebookError(f"notebook: expected one {folder}/{name}_*.ipynb, found {len(found)}; there are {there}")
+        there = ", ".join(path.stem for path in sorted(Path(folder).glob("*.ipynb")))
+        problem = f"expected one {folder}/{name}_*.ipynb, found {len(found)}"
+        raise NotebookError(f"notebook: {problem}; there are {there or 'none; start in the root of the repository'}")
     return found[0]
 
 
@@ -189,11 +174,8 @@ def report(scale: str) -> str:
     lines.append(f"  {'together':42s} {total / 60:7.1f} min")
     places = {"tables": f"results/{scale}", "figures": f"figures/{scale}"}
     places |= {"RELION's stacks": f"denoised/{scale}", "denoised particles": f"denoised_particles/{scale}"}
-    places |= {"maps": f"maps/{scale}"}
-    lines += [
-        f"{name:18s} {folder}/" for name, folder in (places | {"executed notebooks": f"executed/{scale}"}).items()
-    ]
-    return "\n".join(lines)
+    places |= {"maps": f"maps/{scale}", "executed notebooks": f"executed/{scale}"}
+    return "\n".join([*lines, *(f"{name:18s} {folder}/" for name, folder in places.items())])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -206,16 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
         if name == "run":
             command.add_argument("out", nargs="?", help="the executed copy; default: executed/[<scale>/]<its name>")
             command.add_argument("--publish", action="store_true", help="write it to paper/ too, as it is committed")
-        command.add_argument(
-            "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="VALUE as YAML"
-        )
-        command.add_argument(
-            "-s",
-            action="append",
-            default=[],
-            metavar="SECTION",
-            help="all parameters of a section, such as study.table1; then none may be missing",
-        )
+        often = {"action": "append", "default": []}
+        command.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), help="VALUE as YAML", **often)
+        what = "all parameters of a section, such as study.table1; then none may be missing"
+        command.add_argument("-s", metavar="SECTION", help=what, **often)
         command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
     commands.add_parser("list", help="the notebooks: what they make and cost")
     commands.add_parser("export", help="write each notebook's code, and the library's below it, to build/nbsrc")

@@ -52,9 +52,7 @@ def placed(found: list[Stage]) -> dict[Stage, list[Stage]]:
         if stage.notebook < FIRST and (made := stage.made("results", ".md")):
             home = next((later for later in shown if set(later.deps) & set(stage.outs)), None)
             if home is None:
-                raise ValueError(
-                    f"dvc.yaml: expected a notebook from {FIRST} on made of what {stage.name} makes ({made})"
-                )
+                raise ValueError(f"dvc.yaml: no notebook from {FIRST} on is made of what {stage.name} makes ({made})")
             shown[home].append(stage)
     return shown
 

@@ -28,13 +28,10 @@ def test_the_plain_loop_takes_the_steps_of_our_engine(method, double):
     rng = np.random.default_rng(0)
     x = rng.random((8, 32, 32))
     y = x + rng.standard_normal(x.shape)
-    engine = Trainer(
-        losses.Method.parse(method), Settings(width=2, epochs=1, batch_size=4), lambda epoch: (x, y), 0, CPU
-    )
+    method, settings = losses.Method.parse(method), Settings(width=2, epochs=1, batch_size=4)
+    engine = Trainer(method, settings, lambda epoch: (x, y), 0, CPU)
     before = copy.deepcopy(engine.generator)
-    loop = PlainLoop(
-        losses.Method.parse(method), copy.deepcopy(engine.generator), copy.deepcopy(engine.discriminator), x, y, 4, CPU
-    )
+    loop = PlainLoop(method, copy.deepcopy(engine.generator), copy.deepcopy(engine.discriminator), x, y, 4, CPU)
     for rows, mix in zip(engine.epoch_batches(0), engine.epoch_mixing(0), strict=True):
         loop.iteration(rows.numpy(), mix.numpy())
     sums = engine.advance(2)
@@ -201,10 +198,9 @@ def test_targets_are_computed_from_the_numbers(quick):
     assert [row["met"] for row in rows if row["target"].startswith("GPU")] == [None, None]
     assert [(row["value"], row["met"]) for row in rows if "memory" in row["target"]] == [(2.0, False)]
     precision = next(row for row in rows if row["target"].startswith("PSNR"))
-    exact, rounded = (
-        np.array([row["psnr"] for row in results["accuracy"]["rows"] if row["precision"] == name])
-        for name in ("float32", "bf16")
-    )
+    accuracy = results["accuracy"]["rows"]
+    psnr = [[row["psnr"] for row in accuracy if row["precision"] == name] for name in ("float32", "bf16")]
+    exact, rounded = map(np.array, psnr)
     error = np.sqrt((exact.var(axis=1, ddof=1) + rounded.var(axis=1, ddof=1)) / exact.shape[1])
     assert precision["value"] == pytest.approx((abs(rounded.mean(axis=1) - exact.mean(axis=1)) / error).max())
     del results["steps"], results["denoise"], results["memory"], results["accuracy"]

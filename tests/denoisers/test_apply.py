@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import torch
@@ -80,20 +81,13 @@ def test_half_sets_without_a_network_are_named(stack, tmp_path):
         apply.denoise_stack({1: network(), 2: models.ResNetGenerator(40, 4)}, stack[0], tmp_path / "d.star")
 
 
-@pytest.mark.skipif(
-    shutil.which("relion_reconstruct") is None, reason="RELION is not installed (Debian package `relion`)"
-)
+@pytest.mark.skipif(not shutil.which("relion_reconstruct"), reason="needs Debian's package relion")
 def test_relion_reconstructs_from_the_denoised_stack(stack, tmp_path):
-    apply.denoise_stack(network(), stack[0], tmp_path / "denoised.star")
-    stats = subprocess.run(
-        ["relion_image_handler", "--i", "denoised.star", "--stats"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert stats.returncode == 0 and "(x,y,z,n)=32x32x1x1" in stats.stdout.replace(" ", ""), stats.stdout + stats.stderr
-    command = ["relion_reconstruct", "--i", "denoised.star", "--o", "map.mrc"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    import mrcfile
-
+    apply.denoise_stack(network(), stack[0], tmp_path / "d.star")
+    for command in ("relion_image_handler --i d.star --stats", "relion_reconstruct --i d.star --o map.mrc"):
+        done = subprocess.run(command.split(), cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "handler" not in command or "(x,y,z,n)=32x32x1x1" in done.stdout.replace(" ", ""), done.stdout
     volume = mrcfile.read(tmp_path / "map.mrc")
     assert volume.shape == (32, 32, 32) and np.isfinite(volume).all() and volume.std() > 0
 
@@ -119,9 +113,8 @@ def particle_stack(folder, n=20, box=32, pixel_size=6.4, sign=1.0):
     """Discs, three background sd above (or below) a background of mean 5 and sd 2."""
     y, x = (np.ogrid[-1 : 1 : box * 1j, -1 : 1 : box * 1j][axis] * box * pixel_size / 204.8 for axis in (0, 1))
     images = 5 + sign * 6 * (np.hypot(x, y) < 0.4) + 2 * np.random.default_rng(0).normal(size=(n, box, box))
-    return particles.ParticleStack.open(
-        particles.new(folder / "p.star", images, projection.random_rotations(n, 0), pixel_size)
-    )
+    written = particles.new(folder / "p.star", images, projection.random_rotations(n, 0), pixel_size)
+    return particles.ParticleStack.open(written)
 
 
 def test_images_are_given_the_grey_scale_that_the_network_was_trained_on(tmp_path):
@@ -135,26 +128,20 @@ def test_images_are_given_the_grey_scale_that_the_network_was_trained_on(tmp_pat
 
 def test_dark_particles_are_refused_or_inverted(tmp_path):
     stack, model = particle_stack(tmp_path, sign=-1.0), Seen()
-    with pytest.raises(
-        ValueError, match="expected particles brighter than their background, got dark ones; to invert them, pass"
-    ):
+    with pytest.raises(ValueError, match="expected particles brighter than .*, got dark ones; to invert them, pass"):
         apply.fit(model, CARD, stack)
     apply.fit(model, CARD, stack, contrast="dark")(stack.images[:])
     assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
 
 
-@pytest.mark.parametrize(
-    "box, pixel_size, needed", [(48, 6.4, "crop"), (64, 3.2, "rescale"), (24, 6.4, "rescale"), (80, 3.2, "rescale")]
-)
-def test_another_box_or_pixel_size_is_refused_unless_allowed(tmp_path, box, pixel_size, needed):
+@pytest.mark.parametrize("box, pixel_size", [(48, 6.4), (64, 3.2), (24, 6.4), (80, 3.2)])
+def test_another_box_or_pixel_size_is_refused_unless_allowed(tmp_path, box, pixel_size):
     """The network then sees the disc at its own scale, and what comes back has the stack's box and scale."""
     stack, model = particle_stack(tmp_path, box=box, pixel_size=pixel_size), Seen()
-    order = apply.RESIZES
-    for less in order[: order.index(needed)]:
-        with pytest.raises(
-            ValueError,
-            match=f"expected 32 x 32 px of 6.4 A, .*, got {box} x {box} px of {pixel_size:g} A; allow resize {needed}",
-        ):
+    needed = "crop" if (box, pixel_size) == (48, 6.4) else "rescale"
+    for less in apply.RESIZES[: apply.RESIZES.index(needed)]:
+        message = f"32 x 32 px of 6.4 A, .*, got {box} x {box} px of {pixel_size:g} A; allow resize {needed}"
+        with pytest.raises(ValueError, match=message):
             apply.fit(model, CARD, stack, resize=less)
     back = apply.fit(model, CARD, stack, resize=needed)(stack.images[:])
     radius = np.hypot(*np.ogrid[-16:16, -16:16]) * 6.4
@@ -175,27 +162,20 @@ def test_beyond_the_networks_box_lies_its_background(tmp_path):
 
 def test_what_a_card_or_a_stack_does_not_say_is_asked_for(tmp_path):
     stack = particle_stack(tmp_path)
-    with pytest.raises(
-        ValueError, match="card: expected image_size, pixel_size and background, got no background; train it again"
-    ):
+    with pytest.raises(ValueError, match="card: expected image_size, .* and background, got no background; train it"):
         apply.fit(Seen(), {"image_size": 32, "pixel_size": 6.4}, stack)
     with pytest.raises(ValueError, match="resize: expected one of none, crop, rescale, got 'yes'"):
         apply.fit(Seen(), CARD, stack, resize="yes")
     silent = particles.ParticleStack.open(particles.write(tmp_path / "s.mrcs", stack.images, stack))
     object.__setattr__(silent, "pixel_size", None)
-    with pytest.raises(
-        ValueError,
-        match="s.mrcs: expected a pixel size, to compare with the network's 6.4 A, got none; open with pixel_size",
-    ):
+    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, .* 6.4 A, got none; open with pixel_size"):
         apply.fit(Seen(), CARD, silent)
 
 
 def test_a_pixel_size_that_differs_by_a_rounding_changes_no_pixel(tmp_path):
     stack, model = particle_stack(tmp_path, pixel_size=6.42), Seen()
     apply.fit(model, CARD, stack)(stack.images[:])
-    images = stack.images[:]
-    correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, model.last)]
-    assert min(correlation) > 0.99999
+    assert min(np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(stack.images[:], model.last)) > 0.99999
 
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "particles"
@@ -221,9 +201,8 @@ def test_every_real_file_is_denoised(name, contrast, pixel_size, tmp_path):
     denoise = apply.fit(network(), CARD, stack, resize="rescale", contrast=contrast)
     out = tmp_path / ("d.star" if name.endswith(".star") else "d.mrcs")
     written = particles.ParticleStack.open(apply.denoise_stack(denoise, stack, out), pixel_size=pixel_size)
-    assert written.images.shape == stack.images.shape and written.pixel_size == pytest.approx(
-        stack.pixel_size, rel=1e-4
-    )
+    assert written.images.shape == stack.images.shape
+    assert written.pixel_size == pytest.approx(stack.pixel_size, rel=1e-4)
     assert np.isfinite(written.images[:]).all()
     if out.suffix == ".star":
         assert written.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from cryo_lib.paper import claims
-from cryo_lib.paper.experiments import read_scale
+from cryo_lib.paper.experiments import grid, read_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,15 +48,11 @@ def test_only_common_seeds_count_and_a_method_without_randomness_meets_each():
     assert claims.compare(fixed, fixed).p_for == claims.compare(fixed, fixed).p_against == 1
 
 
-@pytest.mark.parametrize(
-    "a, b", [({}, {0: np.ones(9)}), ({0: np.ones(9)}, {1: np.ones(9)}), ({0: np.array([np.nan])}, {0: np.zeros(1)})]
-)
-def test_what_was_not_run_or_is_no_number_is_no_comparison(a, b):
-    found = claims.compare(a, b)
-    assert found.n == 0 and claims.decide([found]) is None and claims.decide([]) is None
-
-
-def test_one_value_each_decides_nothing():
+def test_what_was_not_run_or_is_no_number_is_no_comparison_and_one_value_each_decides_nothing():
+    ones = np.ones(9)
+    for a, b in (({}, {0: ones}), ({0: ones}, {1: ones}), ({0: np.array([np.nan])}, {0: np.zeros(1)})):
+        found = claims.compare(a, b)
+        assert found.n == 0 and claims.decide([found]) is None and claims.decide([]) is None
     assert claims.decide([claims.compare({0: np.array([9.0])}, {0: np.array([1.0])})]) is None
 
 
@@ -81,8 +77,8 @@ def test_a_row_says_what_was_found_and_how():
     assert row["Ours"] == f"difference {pairs[0].difference:.3g} dB, 1 of 2 comparisons not run"
     assert row["Holds"] == "undecided" and row["Test"].startswith("t-test over 2 seeds; p = ")
     assert claims.row("a", "b", [claims.compare({}, {})])["Ours"] == "no runs, 1 of 1 comparisons not run"
-    found = [claims.counted("a", "b", holds, "", "")["Holds"] for holds in (True, False, None)]
-    assert found == "yes no undecided".split()
+    for holds, said in ((True, "yes"), (False, "no"), (None, "undecided")):
+        assert claims.counted("a", "b", holds, "", "")["Holds"] == said
 
 
 def test_per_image_tables_are_read_by_run(tmp_path):
@@ -102,30 +98,21 @@ def test_a_half_map_fsc_of_a_seventh_promises_a_half():
 def few(table: pd.DataFrame, scale: dict) -> pd.DataFrame:
     """The rows of the runs that a scale's studies make."""
     studies = [*scale["studies"], *scale["particle_studies"], *scale["supplement_studies"]]
-    made = {
-        (m, e, s)
-        for name in studies
-        for g in [scale["study"][name]]
-        for m in g["methods"]
-        for e in g["experiments"]
-        for s in g["seeds"]
-    }
+    runs_ = [run for name in studies for run in grid(scale["study"][name])]
+    made = {(run.method, run.experiment, run.seed) for run in runs_}
     return table[[key[2] < 0 or key in made for key in zip(table["method"], table["experiment"], table["seed"])]]
 
 
 def test_every_claim_is_weighed_where_most_runs_are_missing(tmp_path, monkeypatch):
     """The code of the notebook on the laptop scale's results, less the runs that the ci scale has not."""
-    scale, folder, laptop = (
-        read_scale(ROOT / "scales" / "ci.yaml"),
-        tmp_path / "results" / "tiny",
-        ROOT / "results" / "laptop",
-    )
+    scale, laptop = read_scale(ROOT / "scales" / "ci.yaml"), ROOT / "results" / "laptop"
+    folder = tmp_path / "results" / "tiny"
     for name in ("supplement", "particles"):
         (folder / name).mkdir(parents=True)
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "results" / "preprint").symlink_to(ROOT / "results" / "preprint")
-    names = "criteria.npz criteria.csv fsc.csv resolution.csv particles/fsc.csv particles/resolution.csv assignment.csv"
-    for name in names.split():
+    tables = ["fsc.csv", "resolution.csv", "assignment.csv", "criteria.csv", "criteria.npz"]
+    for name in [*tables, "particles/fsc.csv", "particles/resolution.csv"]:
         (folder / name).symlink_to(laptop / name)
     for name in ("best_checkpoints.csv", "supplement/metrics.csv"):
         few(pd.read_csv(laptop / name), scale).to_csv(folder / name, index=False)

@@ -96,6 +96,22 @@ def run(command: str, **options) -> str:
     return done.stdout.strip()
 
 
+def copy_sources(folder: Path, *files: str) -> None:
+    """What a cluster needs of the repository, and more of its files."""
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
+    for name in ("cryo_lib", "notebooks", "cluster"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("dvc.yaml", *files):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def refusal(command: str, **options) -> str:
+    """What a command says that fails."""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, **options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stderr
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -123,9 +139,8 @@ def slurm(tmp_path_factory):
     host = run("hostname -s")
     for name in ("state", "spool"):
         (folder / name).mkdir()
-    (folder / "slurm.conf").write_text(
-        SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), ports=free_ports(2))
-    )
+    written = SLURM_CONF.format(host=host, folder=folder, cpus=os.cpu_count(), ports=free_ports(2))
+    (folder / "slurm.conf").write_text(written)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     started = subprocess.run(["pgrep", "-x", "munged"], capture_output=True).returncode
     if started:
@@ -139,11 +154,7 @@ def slurm(tmp_path_factory):
         try:
             wait_for(lambda: "idle" in run("sinfo --noheader --format=%T", env=environment), 60, "an idle node")
         except AssertionError as error:
-            logs = [
-                line
-                for name in ("slurmctld", "slurmd")
-                for line in (folder / f"{name}.log").read_text().splitlines()[-3:]
-            ]
+            logs = [(folder / f"{name}.log").read_text().splitlines()[-3:] for name in ("slurmctld", "slurmd")]
             pytest.skip(f"SLURM does not start on this machine: {error}; {logs}")
         yield environment
     finally:
@@ -156,12 +167,7 @@ def slurm(tmp_path_factory):
 
 def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path):
     """Submitted by cluster/submit.sh; one task is requeued in the middle of its training; DVC has nothing to run."""
-    for name in ("cryo_lib", "notebooks", "cluster"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
-        )
-    for name in ("dvc.yaml", ".dvcignore"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    copy_sources(tmp_path, ".dvcignore")
     params = (ROOT / "scales" / "ci.yaml").read_text()
     (tmp_path / "params.yaml").write_text(params.replace("epochs: 1", "epochs: 60", 1))  # long enough to interrupt
     (tmp_path / ".dvc").mkdir()
@@ -183,83 +189,52 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     logs = {path.name: path.read_text() for path in (tmp_path / "cluster" / "logs").iterdir()}
     assert "restart 0" in logs[f"train-{running}.out"] and "restart 1" in logs[f"train-{running}.out"], logs
     assert run("python -m cryo_lib.paper.cluster missing table1", **here) == "", logs
-    made = sorted(
-        path.parent.relative_to(tmp_path / "runs/ci/table1").as_posix()
-        for path in tmp_path.glob("runs/ci/table1/**/generator.json")
-    )
-    assert made == sorted(
-        run.folder.as_posix() for run in grid(read_scale(tmp_path / "params.yaml")["study"]["table1"])
-    )
-    assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), logs[
-        f"collect-{collection}.out"
-    ]
+    folder = tmp_path / "runs/ci/table1"
+    made = {path.parent.relative_to(folder) for path in folder.rglob("generator.json")}
+    assert made == {each.folder for each in grid(read_scale(tmp_path / "params.yaml")["study"]["table1"])}
+    collected = logs[f"collect-{collection}.out"]
+    assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), collected
 
     assert run("python -m cryo_lib.paper.cluster collect table1", **here) == "train@ci-table1"
-    stray = tmp_path / "runs/ci/table1/l1_ae/awgn-0.1-none/seed9/generator.safetensors"
+    stray = folder / "l1_ae/awgn-0.1-none/seed9/generator.safetensors"
     stray.parent.mkdir()
     stray.touch()
-    refused = subprocess.run(
-        "python -m cryo_lib.paper.cluster collect table1", shell=True, capture_output=True, text=True, **here
-    )
-    assert (
-        refused.returncode == 1
-        and "got 1 others, the first runs/ci/table1/l1_ae/awgn-0.1-none/seed9; remove them" in refused.stderr
-    )
+    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
+    assert "got 1 others, the first runs/ci/table1/l1_ae/awgn-0.1-none/seed9; remove them" in said
     stray.unlink()
-    lost = next(tmp_path.glob("runs/ci/table1/**/generator.safetensors"))
-    lost.unlink()
-    refused = subprocess.run(
-        "python -m cryo_lib.paper.cluster collect table1", shell=True, capture_output=True, text=True, **here
-    )
-    assert refused.returncode == 1 and "1 of 4 trainings are not finished: " in refused.stderr
+    next(folder.rglob("generator.safetensors")).unlink()
+    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
+    assert "1 of 4 trainings are not finished: " in said
 
 
-ABSENT = (
-    "dvc papermill IPython ipykernel nbclient nbconvert jupyterlab mrcfile starfile skimage sklearn aspire bm3d".split()
-)
+ABSENT = """dvc papermill IPython ipykernel nbclient nbconvert jupyterlab mrcfile starfile skimage sklearn aspire
+bm3d""".split()
 
 
 def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path):
     """No DVC, Jupyter, papermill: the data are made, then trainings in the order asked for; what is finished stays."""
-    for name in ("cryo_lib", "notebooks", "cluster"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "logs")
-        )
-    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    copy_sources(tmp_path)
     shutil.copy(ROOT / "scales/ci.yaml", tmp_path / "params.yaml")
-    (tmp_path / "build/wheels/site").mkdir(parents=True)
-    (tmp_path / "build/wheels/site/sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n"
-    )
+    site = tmp_path / "build/wheels/site"
+    site.mkdir(parents=True)
+    (site / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": f"{tmp_path}:{tmp_path / 'build/wheels/site'}", "CUDA_VISIBLE_DEVICES": ""}
-    make = f"{sys.executable} -m cryo_lib.paper.notebooks script 00 -p scale ci -s structure"
-    run(make, cwd=tmp_path, env=environment)
-    printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    environment |= {"PYTHONPATH": f"{tmp_path}:{site}", "CUDA_VISIBLE_DEVICES": ""}
+    here = {"cwd": tmp_path, "env": environment}
+    run(f"{sys.executable} -m cryo_lib.paper.notebooks script 00 -p scale ci -s structure", **here)
+    printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", **here)
     (left,) = [int(line.split()[0]) for line in printed.splitlines() if "trainings left: call again" in line]
     assert left > 0 and (tmp_path / "data/ci/rnap/card.json").is_file() and not (tmp_path / "runs").exists()
-    printed = run("cluster/piece.sh 9 'table1/l1_ae/*'", cwd=tmp_path, env=environment)
+    printed = run("cluster/piece.sh 9 'table1/l1_ae/*'", **here)
     assert printed.splitlines()[-1] == "0 trainings left"
     made = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("runs/ci/table1/**/generator.safetensors")}
-    assert (
-        len(made) == left
-        and {path.parents[1].name for path in made} == {"l1_ae"}
-        and not list((tmp_path / ".scratch").glob("*/"))
-    )
-    printed = run(
-        "cluster/piece.sh 9 'table1/beta_05_05_l1/awgn-0.1-none/*' 'table1/l1_ae/*'", cwd=tmp_path, env=environment
-    )
+    assert len(made) == left and {path.parents[1].name for path in made} == {"l1_ae"}
+    assert not list((tmp_path / ".scratch").glob("*/"))
+    printed = run("cluster/piece.sh 9 'table1/beta_05_05_l1/awgn-0.1-none/*' 'table1/l1_ae/*'", **here)
     assert [line for line in printed.splitlines() if line.startswith("table1/l1_ae")] == []
     assert all(path.joinpath("generator.safetensors").stat().st_mtime_ns == time_ for path, time_ in made.items())
-    refused = subprocess.run(
-        f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'",
-        shell=True,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert refused.returncode == 1 and "pattern: expected one of trainings such as table1/" in refused.stderr
+    said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'", **here)
+    assert "pattern: expected one of trainings such as table1/" in said
 
 
 def test_trainings_come_in_the_order_of_the_patterns_each_once():

@@ -42,11 +42,17 @@ def test_a_bad_experiment_is_named(text, message):
         Experiment.parse(text)
 
 
-def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_data_seeds(tmp_path):
-    x = np.random.default_rng(0).random((6, 16, 16), dtype=np.float32)
+def write_data(folder, n):
+    """The same `n` clean images for each split, of data of seed 0."""
+    x = np.random.default_rng(0).random((n, 16, 16), dtype=np.float32)
     for split in SPLITS:
-        np.save(tmp_path / f"x_{split}.npy", x)
-    data, awgn = Dataset(tmp_path), Experiment.parse("awgn-0.1-none")
+        np.save(folder / f"x_{split}.npy", x)
+    (folder / "card.json").write_text(json.dumps({"seed": 0}))
+    return Dataset(folder)
+
+
+def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_data_seeds(tmp_path):
+    data, awgn = write_data(tmp_path, 6), Experiment.parse("awgn-0.1-none")
     noises = []
     for seed in (0, 1):
         (tmp_path / "card.json").write_text(json.dumps({"seed": seed}))
@@ -58,11 +64,7 @@ def test_noise_is_the_experiments_own_repeats_and_differs_between_splits_and_dat
 
 
 def test_the_halves_of_the_training_pairs_are_disjoint_and_together_all_of_them(tmp_path):
-    x = np.random.default_rng(0).random((7, 16, 16), dtype=np.float32)
-    for split in SPLITS:
-        np.save(tmp_path / f"x_{split}.npy", x)
-    (tmp_path / "card.json").write_text(json.dumps({"seed": 0}))
-    data = Dataset(tmp_path)
+    data = write_data(tmp_path, 7)
     halves = [data.pairs("train", Experiment.parse(f"awgn-0.1-none-half{half}")) for half in (1, 2)]
     for both, first, second in zip(data.pairs("train", Experiment.parse("awgn-0.1-none")), *halves):
         assert len(first) == 4 and len(second) == 3
@@ -72,9 +74,7 @@ def test_the_halves_of_the_training_pairs_are_disjoint_and_together_all_of_them(
 
 
 def test_missing_data_are_named_with_the_way_to_make_them(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="data: expected .*x_test.npy, found nothing; make it with `dvc repro projections`"
-    ):
+    with pytest.raises(FileNotFoundError, match="expected .*x_test.npy, found nothing; .* `dvc repro projections`"):
         Dataset(tmp_path).clean("test")
     with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'all'"):
         Dataset(tmp_path).clean("all")
@@ -94,12 +94,8 @@ def test_a_study_expands_to_its_product_with_seeds_outermost():
 
 
 def test_a_variant_is_an_axis_and_a_folder_of_its_own():
-    study = {
-        "methods": ["l1_ae"],
-        "experiments": ["awgn-0.1-none"],
-        "seeds": [0],
-        "variants": {"lam_0": {"lam": 0.0}, "lam_1": {}},
-    }
+    study = {"methods": ["l1_ae"], "experiments": ["awgn-0.1-none"], "seeds": [0]}
+    study["variants"] = {"lam_0": {"lam": 0.0}, "lam_1": {}}
     assert [r.variant for r in expand(study)] == ["lam_0", "lam_1"]
     assert [r.folder.as_posix() for r in expand(study)] == [f"l1_ae/awgn-0.1-none/lam_{i}/seed0" for i in (0, 1)]
     assert Run("l1_ae", "awgn-0.1-none", 0).folder.as_posix() == "l1_ae/awgn-0.1-none/seed0"
@@ -130,16 +126,13 @@ def test_the_paper_scale_holds_the_whole_supplement():
     weights = [0.1, 1, 5, 10, 50, 100, 500, 10000]
     for suffix, more in (("scripts", [0]), ("printed", [])):
         assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.endswith(suffix)] == more + weights
-    assert [v["lam"] for n, v in study["lambda"]["variants"].items() if n.count("_") == 1] == [
-        w for w in weights if w != 10
-    ]
+    ours = [v["lam"] for n, v in study["lambda"]["variants"].items() if n.count("_") == 1]
+    assert ours == [weight for weight in weights if weight != 10]
     assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0}
     assert all(entry["seeds"] == [0, 1, 2] for name, entry in study.items() if not name.endswith("halves"))
     assert set(study["convolutional"]["methods"]) == set(study["table1"]["methods"])
-    assert study["units"]["variants"] == {
-        "minibatch": {"unit": "minibatch"},
-        "scripts": {"unit": "minibatch", "noise": "uniform", "redraw": True},
-    }
+    scripts = {"unit": "minibatch", "noise": "uniform", "redraw": True}
+    assert study["units"]["variants"] == {"minibatch": {"unit": "minibatch"}, "scripts": scripts}
     authors = {"architecture": "pggan", "eta_d": 1e-4, "eta_g": 1e-4, "lam": 100, "beta1": 0, "beta2": 0.99}
     assert study["progressive"]["variants"]["pggan"] == authors
     assert {e.split("-")[2][0] for e in study["harder"]["experiments"]} == set("SOJI")
@@ -157,22 +150,11 @@ def test_params_is_the_laptop_scale_byte_for_byte():
 
 def test_the_paper_scale_holds_the_papers_numbers():
     params = read_scale(ROOT / "scales" / "paper.yaml")
-    assert (
-        params["structure"] | {"source": "pdb", "closed_entry": "4XLN", "open_entry": "1L9U", "n_conformations": 5}
-        == params["structure"]
-    )
+    structure = {"source": "pdb", "closed_entry": "4XLN", "open_entry": "1L9U", "n_conformations": 5}
+    assert structure.items() <= params["structure"].items()
     assert params["data"] | {"image_size": 128, "pixel_size": 1.6, "n_train": 25000, "n_test": 1500} == params["data"]
-    paper = {
-        "width": 64,
-        "batch_size": 20,
-        "k_d": 1,
-        "k_g": 2,
-        "eta_d": 1e-3,
-        "eta_g": 1e-2,
-        "lam": 10,
-        "mu": 10,
-        "decay": 0,
-    }
+    paper = {"width": 64, "batch_size": 20, "k_d": 1, "k_g": 2, "eta_d": 1e-3, "eta_g": 1e-2}
+    paper |= {"lam": 10, "mu": 10, "decay": 0}
     settings = settings_of(params, "table1", grid(params["study"]["table1"])[0])
     assert {name: getattr(settings, name) for name in paper} == paper
     methods = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
@@ -192,11 +174,8 @@ def test_the_network_to_be_shipped_fits_git_and_is_shown_its_own_pairs(path):
     params = read_scale(path)
     weights = params["weights"]
     run = Run(weights["weights_method"], weights["weights_experiment"], 0)
-    dataset, settings = (
-        params["study"][weights["weights_study"]]["dataset"],
-        settings_of(params, weights["weights_study"], run),
-    )
-    assert dataset == weights["weights_dataset"]
+    settings, dataset = settings_of(params, weights["weights_study"], run), weights["weights_dataset"]
+    assert dataset == params["study"][weights["weights_study"]]["dataset"]
     size = params["pairs" if dataset == "ribosome" else "data"]["image_size"]
     count = models.parameter_count(models.GENERATORS[settings.architecture](size, settings.width))
     assert 2 * count < 0.95e6 * weights["weights_limit"] < 10e6
@@ -219,35 +198,19 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
         ("studies: [table1,", "studies: [", "expected the entries of study"),
         ("progressive, units, harder]", "progressive, units]", "expected the entries of study"),
-        (
-            "      conv: {",
-            "      seed7: {",
-            "variant: expected a folder.s name of a-z, 0-9, _ and dots, not like seed0, got 'seed7'",
-        ),
+        ("      conv: {", "      seed7: {", "variant: expected a folder.s name .*, not like seed0, got 'seed7'"),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
         ("[measured-none]", "[awgn-0.1-none]", "study figure4: expected the noise measured-..., got awgn-0.1-none"),
         (
             "[clipped-0.1-none]",
             "[measured-none]",
-            "study clipped: expected the noise one of awgn, clipped, got measured-none",
+            "study clipped: expected the noise one of awgn, clipped, got measured",
         ),
         ("figure4/beta_05_05_l1/m", "figure4/beta/m", "use runs that no study makes: figure4/beta/measured-none/seed0"),
-        (
-            "stack_runs: [table1/beta_05_05_l1",
-            "stack_runs: [clipped/l2_ae",
-            "use runs that no study makes: clipped/l2_ae/awgn-0.1-none/seed0",
-        ),
-        (
-            "weights_study: figure4",
-            "weights_study: figure5",
-            "weights use runs that no study makes: figure5/beta_05_05_l1/measured-none/seed0",
-        ),
-        (
-            "weights_study: figure4",
-            "weights_study: table1",
-            "no study makes: table1/beta_05_05_l1/measured-none/seed0, table1/.*/seed1",
-        ),
+        ("runs: [table1/beta_05_05_l1", "runs: [clipped/l2_ae", "no study makes: clipped/l2_ae/awgn-0.1-none/seed0"),
+        ("weights_study: figure4", "weights_study: figure5", "no study makes: figure5/.*_l1/measured-none/seed0"),
+        ("weights_study: figure4", "weights_study: table1", "makes: table1/.*_l1/measured-none/seed0, table1/.*/seed1"),
     ]:
         assert old in laptop
         path.write_text(laptop.replace(old, new))
@@ -263,19 +226,14 @@ def test_the_documentation_counts_the_runs_of_each_scale():
         params = read_scale(path)
         runs = sum(len(grid(study)) for study in params["study"].values())
         (row,) = [line for line in lines if line.startswith(f"| `{path.stem}` |")]
-        assert (
-            f"{runs} runs" in row
-            and f"{params['data']['n_train']:,} pairs" in row
-            and f"{params['data']['image_size']} px" in row
-        )
+        data = params["data"]
+        assert f"{runs} runs" in row and f"{data['n_train']:,} pairs" in row and f"{data['image_size']} px" in row
 
 
-@pytest.mark.parametrize(
-    "change, error", [({"seed": -1}, ValueError), ({"seed": 0.5}, TypeError), ({"method": "x"}, ValueError)]
-)
-def test_bad_runs_are_refused(change, error):
-    with pytest.raises(error):
-        Run(**({"method": "l1_ae", "experiment": "awgn-0.1-none", "seed": 0} | change))
+def test_bad_runs_are_refused():
+    for method, seed, error in (("l1_ae", -1, ValueError), ("l1_ae", 0.5, TypeError), ("x", 0, ValueError)):
+        with pytest.raises(error):
+            Run(method, "awgn-0.1-none", seed)
 
 
 @pytest.mark.parametrize("name", ["measured-none", "measured-A_0.3", "measured-none-half1"])
@@ -287,9 +245,7 @@ def test_measured_noise_is_an_experiment_without_an_snr(name):
 
 
 def test_measured_images_have_no_views_to_project_anew():
-    with pytest.raises(
-        ValueError, match="contamination: O projects references anew, which measured images do not allow"
-    ):
+    with pytest.raises(ValueError, match="contamination: O projects references anew, which measured images do not"):
         Experiment.parse("measured-O_0.3")
     assert str(Experiment.parse("measured-S_0.3")) == "measured-S_0.3"
 
@@ -309,18 +265,13 @@ def test_pairs_of_particles_are_the_images_as_they_were_taken(tmp_path):
     for ours, expected in zip(data.pairs("train", Experiment.parse("measured-none-half2")), (x, y)):
         np.testing.assert_array_equal(ours, expected[1::2])
     (tmp_path / "y_test.npy").unlink()
-    with pytest.raises(
-        FileNotFoundError,
-        match="y_test.npy, found nothing; .* for particles and their measured noise, with notebook 10",
-    ):
+    with pytest.raises(FileNotFoundError, match="y_test.npy, found nothing; .* for particles .*, with notebook 10"):
         data.pairs("test", Experiment.parse("measured-none"))
 
 
 def test_missing_runs_are_counted_and_the_first_is_named(tmp_path):
     params = read_scale(ROOT / "scales" / "ci.yaml")
-    with pytest.raises(
-        FileNotFoundError, match="4 of 4 runs are missing, the first .*figure4/l1_ae/measured-none/seed0"
-    ):
+    with pytest.raises(FileNotFoundError, match="4 of 4 runs are missing, the first .*4/l1_ae/measured-none/seed0"):
         experiments.expected_runs(params, params["particle_studies"], tmp_path)
     for name in params["particle_studies"]:
         for run in grid(params["study"][name]):

@@ -67,11 +67,9 @@ def run_cells(url: str, session: requests.Session, name: str) -> list[dict]:
     wanted = {"path": f"notebooks/{name}", "type": "notebook", "name": name}
     wanted["kernel"] = {"name": notebook.metadata.kernelspec.name}
     started = session.post(f"{url}/api/sessions", json=wanted, timeout=PATIENCE).json()
-    channel = websocket.create_connection(
-        f"{url.replace('http', 'ws')}/api/kernels/{started['kernel']['id']}/channels",
-        header=[f"Authorization: {session.headers['Authorization']}"],
-        timeout=PATIENCE,
-    )
+    address = f"{url.replace('http', 'ws')}/api/kernels/{started['kernel']['id']}/channels"
+    header = [f"Authorization: {session.headers['Authorization']}"]
+    channel = websocket.create_connection(address, header=header, timeout=PATIENCE)
     messages = []
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "version": "5.3"}

@@ -28,10 +28,9 @@ from cryo_lib.stacks.dataset import SPLITS, Dataset
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNS = {name: stage for name, stage in STAGES.items() if stage["cmd"].startswith("cryo run")}
+MISSING = [sys.executable, "-m", "cryo_lib.paper.cluster", "missing"]
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-needs_relion = pytest.mark.skipif(
-    shutil.which("relion_refine_mpi") is None, reason="RELION is not installed (Debian package `relion`)"
-)
+needs_relion = pytest.mark.skipif(not shutil.which("relion_refine_mpi"), reason="needs Debian's package relion")
 
 
 def notebook_of(stage: dict) -> Path:
@@ -48,14 +47,10 @@ def test_a_stage_has_one_dependency_on_code_and_the_name_of_its_notebook(name):
     assert name.removesuffix("_particles" if verb == "train" else "") in (verb, thing, stem[3:])
 
 
-def test_every_notebook_has_one_stage_and_training_two():
-    """One for each data set."""
-    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    training = ROOT / "notebooks" / "03_train_networks.ipynb"
-    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted([*notebooks, training])
-
-
-def test_the_pipeline_is_short():
+def test_every_notebook_has_one_stage_and_training_two_and_the_pipeline_is_short():
+    """Training has one for each data set."""
+    wanted = [*(ROOT / "notebooks").glob("*.ipynb"), ROOT / "notebooks" / "03_train_networks.ipynb"]
+    assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted(wanted)
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
 
 
@@ -83,9 +78,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     for word, value in zip(words, words[1:]):
         if word == "-s":
             study = "figure4" if name == "train_particles" else "table1"
-            given |= notebooks.section(
-                params, value.replace("${item.study}", study).replace("${item.network}", "figure4")
-            )
+            value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
+            given |= notebooks.section(params, value)
         elif word == "-p":
             given[value] = None
     known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
@@ -94,12 +88,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
         return
     assert set(given) == set(known)
     lists = {"methods", "experiments", "seeds", "dataset", "changes"}  # a reader's own training is a small one
-    differing = {k for k, v in given.items() if v is not None and v != known[k]} - lists
-    if name == "denoise":
-        differing -= {
-            "checkpoint"
-        }  # a reader's default is the network that lies in git; the pipeline takes its own, as trained
-    assert not differing
+    git = {"checkpoint"} if name == "denoise" else set()  # a reader's lies in git; the pipeline takes it as trained
+    assert not {k for k, v in given.items() if v is not None and v != known[k]} - lists - git
 
 
 def test_a_stage_tracks_the_sections_it_reads():
@@ -121,34 +111,47 @@ def ci_run(tmp_path_factory):
     (folder / ".dvc").mkdir()
     shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
     shutil.copy(ROOT / "scales" / "ci.yaml", folder / "params.yaml")
-    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "The sources"]):
-        subprocess.run(["git", *IDENTITY, *words], cwd=folder, check=True)
-    done = repro(folder)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    git(folder, "init", "--quiet")
+    commit(folder)
+    whole(repro(folder))
     return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    return subprocess.run(["git", *IDENTITY, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def commit(folder: Path) -> None:
+    """Everything that git does not ignore, or nothing."""
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--allow-empty", "--message", "As it is")
+
+
+def whole(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def copied(ci_run: Path, folder: Path, *left_out: str) -> Path:
+    """A copy of what a run made, but for its caches."""
+    return Path(shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", *left_out)))
 
 
 def run_notebook(folder: Path, number: str, *arguments: str, scale: bool = True) -> subprocess.CompletedProcess:
     """Run a notebook of a copy of the repository, at the ci scale where it has one."""
     command = ["run", number, "out.ipynb", *(["-p", "scale", "ci"] if scale else []), *arguments]
-    return in_folder(folder, "-m", "cryo_lib.paper.notebooks", *command)
+    return in_folder(folder, sys.executable, "-m", "cryo_lib.paper.notebooks", *command)
 
 
-def environment(folder: Path) -> dict[str, str]:
+def in_folder(folder: Path, *command: str, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """Run a command in a copy of the repository, by its sources and this Python."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
-
-
-def in_folder(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Python in a copy of the repository."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["dvc", "repro", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=900
-    )
+    return in_folder(folder, "dvc", "repro", *arguments, timeout=900)
 
 
 def test_the_ci_scale_makes_every_output(ci_run):
@@ -185,11 +188,10 @@ def test_what_changes_no_code_reruns_only_the_export(ci_run):
     nbformat.write(saved, path)
     module.write_text(code.replace('"""', '"""A word more. ', 1) + "\n# A comment\n")
     done = repro(ci_run)
-    missing = in_folder(ci_run, "-m", "cryo_lib.paper.cluster", "missing")
+    unfinished = in_folder(ci_run, *MISSING)
     path.write_text(before), module.write_text(code)
-    assert stages_run(done) == {"nbsrc"} and done.returncode == 0
-    assert missing.returncode == 0 and missing.stdout.strip() == ""
-    assert repro(ci_run).returncode == 0
+    assert stages_run(whole(done)) == {"nbsrc"} and whole(unfinished).stdout.strip() == ""
+    whole(repro(ci_run))
 
 
 def test_a_change_of_code_below_a_stage_reruns_it_and_disowns_its_runs(ci_run, tmp_path):
@@ -198,49 +200,38 @@ def test_a_change_of_code_below_a_stage_reruns_it_and_disowns_its_runs(ci_run, t
     shutil.copytree(ci_run, folder, symlinks=True, ignore=shutil.ignore_patterns("executed", "denoised*", "maps"))
     module = folder / "cryo_lib" / "networks" / "losses.py"
     module.write_text(module.read_text() + "\nMORE = 1\n")
-    assert repro(folder, "nbsrc").returncode == 0
-    status = subprocess.run(
-        ["dvc", "status", "--json"], cwd=folder, env=environment(folder), capture_output=True, text=True
-    )
-    changed = set(json.loads(status.stdout))
+    whole(repro(folder, "nbsrc"))
+    changed = set(json.loads(in_folder(folder, "dvc", "status", "--json").stdout))
     assert {"train@ci-table1", "train_particles@ci-figure4"} <= changed
     assert not {"structures@ci", "projections@ci", "baselines@ci", "pairs@ci", "figure5@ci"} & changed
-    assert in_folder(folder, "-m", "cryo_lib.paper.cluster", "missing").stdout.strip() == "0-32"
+    assert whole(in_folder(folder, *MISSING)).stdout.strip() == "0-32"
 
 
 def test_a_rerun_with_the_same_result_leaves_a_clean_tree(ci_run, tmp_path):
     """A clone in which everything is made again has nothing to commit: neither dvc.lock nor any file in git."""
-    subprocess.run(["git", *IDENTITY, "add", "--all"], cwd=ci_run, check=True)
-    subprocess.run(
-        ["git", *IDENTITY, "commit", "--quiet", "--allow-empty", "--message", "Results"], cwd=ci_run, check=True
-    )
+    commit(ci_run)
     clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", ci_run, clone], check=True)
-    done = repro(clone)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert len(stages_run(done)) > 30
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True)
-    assert changed.stdout == ""
+    git(tmp_path, "clone", "--quiet", str(ci_run), str(clone))
+    assert len(stages_run(whole(repro(clone)))) > 30
+    assert git(clone, "status", "--porcelain") == ""
 
 
 def test_a_figure_is_redrawn_from_results_alone(ci_run, tmp_path):
     """With data, runs and cache gone, an edited figure notebook still draws its figure."""
-    folder, gone = tmp_path / "clone", ("data", "runs", "denoised", "denoised_particles", "maps", "relion")
-    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns(*gone, "cache", "tmp", "executed"))
+    gone = ("data", "runs", "denoised", "denoised_particles", "maps", "relion", "executed")
+    folder = copied(ci_run, tmp_path / "clone", *gone)
     path = folder / "notebooks" / "23_draw_figure3a.ipynb"
     edited = nbformat.read(path, as_version=4)
     edited.cells[-1].source += "\nprint('edited')"
     nbformat.write(edited, path)
-    done = repro(folder, "--allow-missing", "figure3a@ci")
-    assert done.returncode == 0 and "edited" in done.stdout, done.stdout + done.stderr
+    done = whole(repro(folder, "--allow-missing", "figure3a@ci"))
+    assert "edited" in done.stdout, done.stdout
     assert "Running stage 'train" not in done.stdout and (folder / "figures/ci/figure3a.png").is_file()
 
 
 def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
-    folder = tmp_path / "gap"
-    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp"))
-    lost = next((folder / "runs/ci/table1").rglob("generator.safetensors"))
-    lost.unlink()
+    folder = copied(ci_run, tmp_path / "gap")
+    next((folder / "runs/ci/table1").rglob("generator.safetensors")).unlink()
     done = run_notebook(folder, "04")
     assert done.returncode == 1 and "1 of 16 runs are missing, the first runs/ci/table1" in done.stderr
 
@@ -272,9 +263,8 @@ def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_bac
     curves = pd.read_csv(ci_run / "results/ci/fsc.csv")
     table = pd.read_csv(ci_run / "results/ci/resolution.csv").set_index("stack")
     for stack, rows in curves.groupby("stack"):
-        assert reconstruction.resolution(rows["truth"], 0.5, pixel_size=6.4) == pytest.approx(
-            table.loc[stack, "truth 0.5"], rel=1e-3
-        )
+        found = reconstruction.resolution(rows["truth"], 0.5, pixel_size=6.4)
+        assert found == pytest.approx(table.loc[stack, "truth 0.5"], rel=1e-3)
     assert table.loc["clean", "truth_masked 0.5"] < 20 < table.loc["noisy", "truth_masked 0.5"]
     clean = mrcfile.read(ci_run / "maps/ci/clean.mrc")
     again = reconstruction.fsc(clean, mrcfile.read(ci_run / "maps/ci/truth.mrc"))
@@ -296,19 +286,15 @@ def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_bo
             rows = np.flatnonzero(stack.half_sets == half)[:5]
             folder = ci_run / f"runs/ci/{study}/beta_05_05_l1/measured-none{suffix}/seed0"
             model, card = models.load(folder / "generator.safetensors")
-            y = (
-                noise.standardise(stack.images[rows], 6.4, 64, 6.4) * card["background"]["sd"]
-                + card["background"]["mean"]
-            )
-            expected = models.denoise_images(model, y.astype(np.float32))
+            level, y = card["background"], noise.standardise(stack.images[rows], 6.4, 64, 6.4)
+            expected = models.denoise_images(model, (y * level["sd"] + level["mean"]).astype(np.float32))
             np.testing.assert_allclose(denoised.images[rows][:, 6:70, 6:70], expected, atol=1e-4)
             assert np.ptp(denoised.images[rows][:, :6], axis=(1, 2)).max() < 1e-5
 
 
 def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run, tmp_path):
     """A second seed of a better card is taken; what 16 bits do not hold, or git should not, is refused."""
-    folder = tmp_path / "shipped"
-    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "executed", "denoised*", "maps"))
+    folder = copied(ci_run, tmp_path / "shipped", "executed", "denoised*", "maps")
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["study"]["figure4"]["seeds"] = [0, 1]
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -320,8 +306,7 @@ def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run,
     model.get_parameter(first).data.mul_(1.5)
     card["validation"]["psnr"] += 1
     models.save(path, model, card)
-    done = run_notebook(folder, "15", "-s", "weights")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    whole(run_notebook(folder, "15", "-s", "weights"))
     shipped = folder / "weights/ci/beta_05_05_l1.safetensors"
     stored, made = load_file(shipped), json.loads(shipped.with_suffix(".json").read_text())
     assert made == card | {"dtype": "float16", "from": "figure4/beta_05_05_l1/measured-none/seed1"}
@@ -334,10 +319,8 @@ def test_the_shipped_network_is_the_best_by_validation_rounded_to_16_bit(ci_run,
     values = load_file(path)
     values[first].view(-1)[0] = 1e5
     save_file(values, path)
-    refused = run_notebook(folder, "15", "-s", "weights")
-    assert (
-        "expected values that 16 bits hold to one part in 2048, got 1 of" in refused.stderr and first in refused.stderr
-    )
+    said = run_notebook(folder, "15", "-s", "weights").stderr
+    assert "expected values that 16 bits hold to one part in 2048, got 1 of" in said and first in said
     refused = run_notebook(folder, "15", "-s", "weights", "-p", "weights_dataset", "rnap")
     assert "weights_dataset: expected the pairs that" in refused.stderr
     assert shipped.read_bytes() == before
@@ -347,18 +330,13 @@ def test_the_shipped_network_denoises_a_stack_as_its_own_run_with_rounded_weight
     stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
     model, card = models.load(ci_run / "runs/ci/figure4/beta_05_05_l1/measured-none/seed0/generator.safetensors")
     shipped = models.load(ci_run / "weights/ci/beta_05_05_l1.safetensors")
-    denoised, expected = (
-        apply.fit(*each, stack, resize="crop")(stack.images[:9]) for each in (shipped, (model.half().float(), card))
-    )
-    np.testing.assert_array_equal(denoised, expected)
+    rounded = (model.half().float(), card)
+    np.testing.assert_array_equal(*(apply.fit(*n, stack, resize="crop")(stack.images[:9]) for n in (shipped, rounded)))
 
 
 def test_no_particle_that_trained_a_network_is_tested_or_reconstructed(ci_run):
-    rows = {
-        name: set(values)
-        for name, values in Dataset(ci_run / "data/ci/ribosome").poses.items()
-        if name.endswith("_rows")
-    }
+    poses = Dataset(ci_run / "data/ci/ribosome").poses
+    rows = {name: set(values) for name, values in poses.items() if name.endswith("_rows")}
     assert sum(map(len, rows.values())) == len(set.union(*rows.values())) == 120
     assert len(rows["train_rows"]) == 40 and len(rows["test_rows"]) == 12
 
@@ -373,10 +351,7 @@ def test_the_reference_map_comes_back_from_its_own_projections(ci_run):
 
 def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands(ci_run, tmp_path):
     """Stack, map and poses of one's own: notebook 10, 03 and 11 with nothing of the pipeline but the code."""
-    folder = tmp_path / "own"
-    shutil.copytree(
-        ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "data", "runs", "denoised*", "executed")
-    )
+    folder = copied(ci_run, tmp_path / "own", "data", "runs", "denoised*", "executed")
     source = ci_run / "data/ci/particles"
     for name in ("particles.star", "particles.mrcs", "map.mrc"):
         shutil.copy(source / name, folder / f"my{Path(name).suffix}")
@@ -390,12 +365,10 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     checkpoint = "runs/ci/mine/l1_ae/measured-none/seed0/generator.safetensors"
     denoise = ["-p", "particles", "my.star", "-p", "checkpoint", checkpoint, "-p", "out", "out/my.star"]
     for name, arguments in (("10", pairs), ("03", train)):
-        done = run_notebook(folder, name, *arguments)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        whole(run_notebook(folder, name, *arguments))
     refused = run_notebook(folder, "11", *denoise, scale=False)
     assert "expected 32 x 32 px of 12.8 A, which this network was trained on, got 76 x 76 px" in refused.stderr
-    done = run_notebook(folder, "11", *denoise, "-p", "resize", "rescale", scale=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    whole(run_notebook(folder, "11", *denoise, "-p", "resize", "rescale", scale=False))
     denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
     assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
     outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", [])]
@@ -406,9 +379,7 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
 def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
     """RELION, from our star file, finds the molecule that was projected: conventions agree from end to end."""
     folder = ci_run / "denoised/ci"
-    command = ["relion_reconstruct", "--i", "clean.star", "--o", "clean.mrc", "--maxres", "20"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    whole(in_folder(folder, *"relion_reconstruct --i clean.star --o clean.mrc --maxres 20".split()))
     volume = Dataset(ci_run / "data/ci/rnap").volumes.mean(axis=0)
     assert np.corrcoef(mrcfile.read(folder / "clean.mrc").ravel(), volume.ravel())[0, 1] > 0.8
 
@@ -416,21 +387,15 @@ def test_relion_reconstructs_the_volume_from_the_exported_clean_stack(ci_run):
 @needs_relion
 def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
     """Initial model, 3D classification, auto-refinement, post-processing by notebook 07; the figures have them."""
-    folder = tmp_path / "relion"
-    shutil.copytree(ci_run, folder, ignore=shutil.ignore_patterns("cache", "tmp", "runs"))
-    given = yaml.safe_load((ROOT / "scales/ci.yaml").read_text())["relion"] | {
-        "run_relion": True,
-        "relion_stacks": ["clean"],
-    }
+    folder = copied(ci_run, tmp_path / "relion", "runs")
+    given = read_scale(ROOT / "scales/ci.yaml")["relion"] | {"run_relion": True, "relion_stacks": ["clean"]}
     (folder / "given.yaml").write_text(yaml.safe_dump({"relion": given}))
-    done = run_notebook(folder, "07", "-s", "relion", "--params", "given.yaml")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    whole(run_notebook(folder, "07", "-s", "relion", "--params", "given.yaml"))
     report = json.loads((folder / "results/ci/relion.json").read_text())
     found = report["stacks"]["clean"]
     assert report["ran"] and report["version"][0].isdigit()
-    assert (
-        sum(found["occupancies"]) == pytest.approx(1, abs=1e-3) and sum(found["states_in_class"]) == found["in_class"]
-    )
+    assert sum(found["occupancies"]) == pytest.approx(1, abs=1e-3)
+    assert sum(found["states_in_class"]) == found["in_class"]
     assert len(found["frequency"]) == len(found["corrected"]) == len(found["truth"]) == 17
     assert 2 * 6.4 <= found["resolution"] < 204.8 and 0 <= found["pose_error"] <= 180
     steps = ["prepare", "initial_model", "classify", "auto_refine", "mask_create", "post_process"]
@@ -439,4 +404,4 @@ def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
         log = (folder / f"relion/ci/clean/{step}.log").read_text()
         assert log.startswith(found["commands"][step]) and log.rstrip().endswith("[finished]")
     for figure in ("24", "26"):
-        assert run_notebook(folder, figure).returncode == 0
+        whole(run_notebook(folder, figure))

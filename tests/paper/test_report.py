@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import yaml
 
+from cryo_lib.files import write_text
 from cryo_lib.paper import methods, report
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAP = [
-    [cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\|.*\| `", line)
-]
+MAP = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.*\| `.*)\|$", README, re.MULTILINE)]
 SCALE = yaml.safe_load((ROOT / "params.yaml").read_text())["scale"]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -77,10 +76,8 @@ def house(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text("scale: small\n")
     (tmp_path / "README.md").write_text("Hello\n<!-- table1 -->\n<!-- /table1 -->\nbye\n")
     (tmp_path / "notebooks").mkdir()
-    for name, text in (
-        ("06_make_maps", "# 06 · Maps"),
-        ("24_draw_a", "# 24 · A\n\n**Makes** a.\n\n**The paper**: 3 Å."),
-    ):
+    claim = "# 24 · A\n\n**Makes** a.\n\n**The paper**: 3 Å."
+    for name, text in (("06_make_maps", "# 06 · Maps"), ("24_draw_a", claim)):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
         (tmp_path / "notebooks" / f"{name}.ipynb").write_text(nbformat.writes(notebook))
     monkeypatch.chdir(tmp_path)
@@ -89,10 +86,8 @@ def house(tmp_path, monkeypatch):
 
 def fill(folder):
     for name in ("figures/small/a.png", "paper/small/24_draw_a.ipynb", "paper/small/06_make_maps.ipynb"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    (folder / "results" / "small").mkdir(parents=True)
-    (folder / "results" / "small" / "maps.md").write_text("| Å |\n| --- |\n| 8.5 |\n")
+        write_text(folder / name, "")
+    write_text(folder / "results" / "small" / "maps.md", "| Å |\n| --- |\n| 8.5 |\n")
 
 
 def test_what_has_not_run_is_said(house):
@@ -108,16 +103,10 @@ def test_results_hold_the_claim_the_figure_and_the_tables_and_are_written_once(h
     report.main()
     text, readme = ((house / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))
     assert "Not made yet" not in text
-    found = [
-        text.index(part)
-        for part in (
-            "## A\n\n[Notebook 24](paper/small/24_draw_a.ipynb), stage `a`. **The paper**: 3 Å.",
-            "![a](figures/small/a.png)",
-            "[Notebook 06](notebooks/06_make_maps.ipynb), stage `maps`: Maps.",
-            "| 8.5 |",
-            "- [06_make_maps](paper/small/06_make_maps.ipynb)",
-        )
-    ]
+    section = "## A\n\n[Notebook 24](paper/small/24_draw_a.ipynb), stage `a`. **The paper**: 3 Å."
+    maps = "[Notebook 06](notebooks/06_make_maps.ipynb), stage `maps`: Maps."
+    last = "- [06_make_maps](paper/small/06_make_maps.ipynb)"
+    found = [text.index(part) for part in (section, "![a](figures/small/a.png)", maps, "| 8.5 |", last)]
     assert found == sorted(found)
     report.main()
     assert (text, readme) == tuple((house / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))

@@ -98,9 +98,7 @@ def views():
     """Two conformations of unlike shape in the middle of a box, 40 references of them, and noisy images."""
     grid = np.arange(16) - 8
     z, y, x = np.meshgrid(grid, grid, grid, indexing="ij")
-    volumes = np.stack([np.exp(-(x**2 / a + y**2 / b + (z - 1) ** 2 / 3)) for a, b in ((9, 2), (2, 4))]).astype(
-        np.float32
-    )
+    volumes = np.exp([-(x**2 / a + y**2 / b + (z - 1) ** 2 / 3) for a, b in ((9, 2), (2, 4))]).astype(np.float32)
     rotations = projection.random_rotations(40, 0)
     conformations = np.arange(40) % 2
     references = projection.views(volumes, rotations, conformations)
@@ -135,9 +133,8 @@ def test_swapped_references_are_a_derangement(views):
 def test_another_conformation_keeps_the_pose(views):
     x, y, source = views
     cx, _, _ = contaminate(x, y, "O", 1.0, 0, views=source)
-    np.testing.assert_allclose(
-        cx, projection.views(source.volumes, source.rotations, 1 - source.conformations), atol=1e-6
-    )
+    expected = projection.views(source.volumes, source.rotations, 1 - source.conformations)
+    np.testing.assert_allclose(cx, expected, atol=1e-6)
 
 
 def test_of_several_other_conformations_each_is_as_likely():
@@ -180,9 +177,7 @@ def test_ice_is_one_to_three_bright_patches_of_a_few_sd():
 @pytest.mark.parametrize("kind", "OJ")
 def test_kinds_that_project_anew_need_the_views_of_these_references(views, kind):
     x, y, source = views
-    with pytest.raises(
-        ValueError, match=f"kind {kind}: expected the `views` that the references were projected from, got None"
-    ):
+    with pytest.raises(ValueError, match=f"kind {kind}: expected the `views` that .* were projected from, got None"):
         contaminate(x, y, kind, 0.1, 0)
     with pytest.raises(
         ValueError,
@@ -193,9 +188,7 @@ def test_kinds_that_project_anew_need_the_views_of_these_references(views, kind)
 
 def test_one_pair_cannot_be_swapped_and_one_conformation_has_no_other(views):
     x, y, source = views
-    with pytest.raises(
-        ValueError, match="kind S: expected two or more pairs to swap references between, got 1; raise eps"
-    ):
+    with pytest.raises(ValueError, match="kind S: expected two or more pairs to swap .* between, got 1; raise eps"):
         contaminate(x, y, "S", 1 / 40, 0)
     with pytest.raises(ValueError, match="kind O: expected volumes of two or more conformations, got 1"):
         contaminate(x, y, "O", 0.5, 0, views=Views(source.volumes[:1], source.rotations, 0 * source.conformations))

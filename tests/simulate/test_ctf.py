@@ -17,31 +17,19 @@ needs_relion = pytest.mark.skipif(shutil.which("relion_project") is None, reason
 
 
 def microscope(m: int, seed: int = 0) -> pd.DataFrame:
-    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor and scale."""
+    """CTF parameters of `m` images like EMPIAR-10028's, some with phase shift, B factor, scale, by RELION's labels."""
     rng = np.random.default_rng(seed)
-    u = rng.uniform(8000, 39000, m)
-    extra = np.arange(m) % 2
-    return pd.DataFrame(
-        {
-            "rlnDefocusU": u,
-            "rlnDefocusV": u - rng.uniform(0, 2000, m),
-            "rlnDefocusAngle": rng.uniform(-90, 90, m),
-            "rlnPhaseShift": 60.0 * extra,
-            "rlnVoltage": 300.0,
-            "rlnSphericalAberration": 2.0,
-            "rlnAmplitudeContrast": 0.1,
-            "rlnCtfBfactor": 40.0 * extra,
-            "rlnCtfScalefactor": 1.0 - 0.2 * extra,
-        }
-    )
+    u, extra = rng.uniform(8000, 39000, m), np.arange(m) % 2
+    defocus = {"rlnDefocusU": u, "rlnDefocusV": u - rng.uniform(0, 2000, m), "rlnDefocusAngle": rng.uniform(-90, 90, m)}
+    optics = {"rlnVoltage": 300.0, "rlnSphericalAberration": 2.0, "rlnAmplitudeContrast": 0.1}
+    rest = {"rlnPhaseShift": 60.0 * extra, "rlnCtfBfactor": 40.0 * extra, "rlnCtfScalefactor": 1.0 - 0.2 * extra}
+    return pd.DataFrame(defocus | optics | rest)
 
 
 def test_ctf_zeros_lie_where_the_formula_puts_them():
     """Without astigmatism, aberration and amplitude contrast: sin(pi lambda z k^2), lambda 0.0197 A at 300 kV."""
-    plain = microscope(1).assign(
-        rlnDefocusU=15000.0, rlnDefocusV=15000.0, rlnSphericalAberration=0.0, rlnAmplitudeContrast=0.0
-    )
-    (curve,) = ctf.ctf(plain, 256, 1.0)
+    plain = microscope(1).assign(rlnDefocusU=15000.0, rlnDefocusV=15000.0)
+    (curve,) = ctf.ctf(plain.assign(rlnSphericalAberration=0.0, rlnAmplitudeContrast=0.0), 256, 1.0)
     k = np.arange(129) / 256
     np.testing.assert_allclose(curve[0], np.sin(np.pi * 0.0196875 * 15000 * k**2), atol=2e-3)
     assert (ctf.ctf(microscope(8), 64, 2.0)[:, 0, 0] > 0).all()  # bright protein stays bright
@@ -63,29 +51,14 @@ def test_ctf_agrees_with_relions_to_numerical_precision(tmp_path):
     volume = np.zeros((n, n, n), np.float32)
     volume[n // 2, n // 2, n // 2] = 1
     table = microscope(m)
-    path = particles.new(
-        tmp_path / "p.star",
-        np.random.default_rng(0).random((m, n, n)).astype(np.float32),
-        projection.random_rotations(m, 0),
-        pixel_size,
-        spherical_aberration=2.0,
-        amplitude_contrast=0.1,
-        columns={label: table[label] for label in table if label not in particles.MICROSCOPE},
-    )
+    columns = {label: table[label] for label in table if label not in particles.MICROSCOPE}
+    options = {"spherical_aberration": 2.0, "amplitude_contrast": 0.1, "columns": columns}
+    images, poses = np.random.default_rng(0).random((m, n, n)).astype(np.float32), projection.random_rotations(m, 0)
+    path = particles.new(tmp_path / "p.star", images, poses, pixel_size, **options)
     mrc.write_map(tmp_path / "point.mrc", volume, pixel_size)
     images = []
     for flags in ([], ["--ctf"]):
-        command = [
-            "relion_project",
-            "--i",
-            "point.mrc",
-            "--ang",
-            path.name,
-            "--o",
-            f"out{len(flags)}",
-            "--angpix",
-            str(pixel_size),
-        ]
+        command = f"relion_project --i point.mrc --ang {path.name} --o out{len(flags)} --angpix {pixel_size}".split()
         subprocess.run([*command, *flags], cwd=tmp_path, check=True, capture_output=True)
         images.append(mrcfile.read(tmp_path / f"out{len(flags)}.mrcs"))
     without, theirs = images

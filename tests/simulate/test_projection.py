@@ -31,13 +31,8 @@ def test_random_rotations_are_uniform_on_so3():
     assert rotations.shape == (4000, 3, 3) and rotations.dtype == np.float64
     np.testing.assert_allclose(np.linalg.det(rotations), 1, atol=1e-12)
     rot, tilt, psi = projection.euler_from_rotation(rotations).T
-    samples = {
-        "viewing direction": (np.cos(np.radians(tilt)) + 1) / 2,
-        "rot": rot % 360 / 360,
-        "psi": psi % 360 / 360,
-        "in-plane axis": (rotations[:, 0, 0] + 1) / 2,
-    }
-    for name, values in samples.items():
+    samples = {"direction": (np.cos(np.radians(tilt)) + 1) / 2, "in-plane axis": (rotations[:, 0, 0] + 1) / 2}
+    for name, values in (samples | {"rot": rot % 360 / 360, "psi": psi % 360 / 360}).items():
         assert stats.kstest(values, "uniform").pvalue > 0.01, name
     angle = Rotation.from_matrix(rotations).magnitude()
     assert stats.kstest(angle, lambda t: (t - np.sin(t)) / np.pi).pvalue > 0.01
@@ -54,9 +49,8 @@ def test_random_rotations_follow_the_seed():
 def test_euler_angles_go_there_and_back():
     rng = np.random.default_rng(0)
     angles = np.stack([rng.uniform(-180, 180, 50), rng.uniform(1, 179, 50), rng.uniform(-180, 180, 50)], axis=-1)
-    np.testing.assert_allclose(
-        projection.euler_from_rotation(projection.rotation_from_euler(*angles.T)), angles, atol=1e-9
-    )
+    back = projection.euler_from_rotation(projection.rotation_from_euler(*angles.T))
+    np.testing.assert_allclose(back, angles, atol=1e-9)
 
 
 @pytest.mark.parametrize("tilt", [0.0, 180.0])
@@ -101,10 +95,8 @@ def test_random_poses_and_shifts_agree_with_relion_project(tmp_path, n):
         file.voxel_size = 2.0
     rotations = projection.random_rotations(count, seed=5)
     shifts = np.random.default_rng(6).uniform(-4, 4, (count, 2))
-    poses = pd.DataFrame(
-        np.hstack([projection.euler_from_rotation(rotations), -shifts * 2.0]),
-        columns=["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"],
-    )
+    columns = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"]
+    poses = pd.DataFrame(np.hstack([projection.euler_from_rotation(rotations), -shifts * 2.0]), columns=columns)
     poses["rlnOpticsGroup"] = 1
     optics = {"rlnOpticsGroupName": "o", "rlnOpticsGroup": 1, "rlnImagePixelSize": 2.0, "rlnImageSize": n}
     optics |= {"rlnImageDimensionality": 2, "rlnVoltage": 300.0, "rlnSphericalAberration": 2.0}
@@ -185,10 +177,9 @@ def test_project_refuses_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             projection.project(*arguments)
-    with pytest.raises(ValueError, match="batch: expected an integer >= 1"):
-        projection.project(volume, rotations, batch=0)
-    with pytest.raises(ValueError, match="threads: expected an integer >= 1"):
-        projection.project(volume, rotations, threads=0)
+    for name in ("batch", "threads"):
+        with pytest.raises(ValueError, match=f"{name}: expected an integer >= 1"):
+            projection.project(volume, rotations, **{name: 0})
 
 
 def test_rescale_is_linear_onto_0_1():
@@ -333,9 +324,8 @@ def test_a_resampled_volume_projects_to_resampled_projections():
     rotations = projection.random_rotations(4, 0)
     coarse = projection.resample_volume(fine, 3.2, 32, 6.4)
     ours = projection.project(coarse, rotations) * 2  # line integrals in voxels
-    np.testing.assert_allclose(
-        ours, projection.resample(projection.project(fine, rotations), 3.2, 32, 6.4), atol=0.01 * ours.max()
-    )
+    theirs = projection.resample(projection.project(fine, rotations), 3.2, 32, 6.4)
+    np.testing.assert_allclose(ours, theirs, atol=0.01 * ours.max())
 
 
 def test_odd_boxes_keep_their_centre():

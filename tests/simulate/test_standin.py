@@ -49,14 +49,11 @@ def test_at_low_resolution_the_coarse_model_is_the_atomic_one():
 
 
 def _middle(structure):
-    centres = np.array(
-        [
-            np.average([a.pos.tolist() for a in r], axis=0, weights=[a.element.atomic_number * a.occ for a in r])
-            for chain in structure[0]
-            for r in chain
-        ]
-    )
-    return (centres.min(axis=0) + centres.max(axis=0)) / 2
+    centres = []
+    for residue in [residue for chain in structure[0] for residue in chain]:
+        weights = [atom.element.atomic_number * atom.occ for atom in residue]
+        centres.append(np.average([atom.pos.tolist() for atom in residue], axis=0, weights=weights))
+    return (np.min(centres, axis=0) + np.max(centres, axis=0)) / 2
 
 
 @needs_shared

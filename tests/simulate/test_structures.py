@@ -121,23 +121,16 @@ def test_what_is_written_is_read_back(tmp_path, suffix):
     back = structures.read(path)
     assert [(c.name, [str(r) for r in c]) for c in back[0]] == [(c.name, [str(r) for r in c]) for c in written[0]]
     assert np.abs(positions(back) - positions(written)).max() < 2e-3
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_write_refuses_an_unknown_suffix(tmp_path):
     with pytest.raises(ValueError, match=r"expected one of the suffixes .pdb, .cif, got '.xyz'"):
         structures.write(peptide(), tmp_path / "a.xyz")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_only_the_first_altloc_and_model_and_the_protein_are_read(tmp_path):
     line = "{:6}{:5d}  {:3}{:1}{:3} C{:4d}    {:8.3f}{:8.3f}{:8.3f}  1.00 20.00           {}\n".format
-    atoms = (
-        line("ATOM", 1, "CA", "A", "ALA", 1, 0, 0, 0, "C")
-        + line("ATOM", 2, "CA", "B", "ALA", 1, 1, 0, 0, "C")
-        + line("ATOM", 3, "CA", " ", "GLY", 2, 3.8, 0, 0, "C")
-        + "TER\n"
-        + line("HETATM", 4, "O", " ", "HOH", 9, 9, 9, 9, "O")
-    )
+    atoms = line("ATOM", 1, "CA", "A", "ALA", 1, 0, 0, 0, "C") + line("ATOM", 2, "CA", "B", "ALA", 1, 1, 0, 0, "C")
+    atoms += line("ATOM", 3, "CA", " ", "GLY", 2, 3.8, 0, 0, "C") + "TER\n"
+    atoms += line("HETATM", 4, "O", " ", "HOH", 9, 9, 9, 9, "O")
     path = tmp_path / "small.pdb"
     path.write_text(f"MODEL        1\n{atoms}ENDMDL\nMODEL        2\n{atoms}ENDMDL\nEND\n")
     structure = structures.read(path)
@@ -205,28 +198,21 @@ def test_read_refuses_a_cif_file_in_the_style_of_the_pdb_cut_in_its_atoms(tmp_pa
 def test_read_refuses_a_cif_file_that_lists_a_chain_without_atoms(tmp_path):
     path = structures.write(toy(0), tmp_path / "cut.cif")
     path.write_text(cut_after(path.read_text(), "ATOM 200 "))
-    message = f"cut.cif: expected atoms of all 2 polymer chains that it lists, got none of Dxp: {CUT_SHORT}take these"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"cut.cif: expected atoms of all 2 .*, got none of Dxp: {CUT_SHORT}take"):
         structures.read(path)
 
 
 @needs_rnap
-def test_read_refuses_half_of_a_real_pdb_file(tmp_path):
-    text = gzip.decompress((RNAP / "6fbv.pdb.gz").read_bytes())
-    path = tmp_path / "half.pdb"
-    path.write_bytes(text[: text.index(b"\n", len(text) // 2) + 1])
-    with pytest.raises(ValueError, match="half.pdb: expected END as the last line, got 'ATOM "):
-        structures.read(path)
-
-
 @pytest.mark.skipif(not RIBOSOME.is_file(), reason=f"real ribosome structure not found at {RIBOSOME}")
-def test_read_takes_a_whole_cif_file_of_the_pdb_and_refuses_half_of_it(tmp_path):
-    assert len(structures.read(RIBOSOME)[0]) == 71  # the polypeptide strands of its _entity_poly table
-    text = gzip.decompress(RIBOSOME.read_bytes())
-    path = tmp_path / "half.cif"
+@pytest.mark.parametrize("source, last", [(RNAP / "6fbv.pdb.gz", "END"), (RIBOSOME, "#")])
+def test_read_refuses_half_of_a_real_file_of_the_pdb(tmp_path, source, last):
+    text = gzip.decompress(source.read_bytes())
+    path = tmp_path / f"half{source.suffixes[0]}"
     path.write_bytes(text[: text.index(b"\n", len(text) // 2) + 1])
-    with pytest.raises(ValueError, match="half.cif: expected # as the last line, got 'ATOM "):
+    with pytest.raises(ValueError, match=f"half.*: expected {last} as the last line, got 'ATOM "):
         structures.read(path)
+    if source == RIBOSOME:
+        assert len(structures.read(source)[0]) == 71  # the polypeptide strands of its _entity_poly table
 
 
 # --- superposing, measuring, opening ---------------------------------------------------------------------------------
@@ -242,8 +228,7 @@ def test_superpose_refuses_another_protein():
     stranger.name = "stranger"
     for residue in stranger[0]["C"]:
         residue.name = "GLY"
-    message = r"chain C of .* expected the same protein .* in stranger, got C \(12 residues\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"chain C of .* expected the same protein .* in stranger, got C \(12 res"):
         structures.superpose(peptide(), stranger, "C")
 
 
@@ -273,11 +258,7 @@ def test_cleft_view_looks_along_the_hinge_with_the_clamp_at_the_top():
 
 def test_cleft_view_refuses_a_clamp_that_does_not_turn():
     still = moved(toy(0.004), *AWAY)  # 0.08 degree
-    with pytest.raises(
-        ValueError,
-        match=r"expected the clamp \(chain D\) to turn by at least 0.1 degree from a to b, "
-        "got 0.08 degrees: no hinge to look along; pass a closed and an open",
-    ):
+    with pytest.raises(ValueError, match=r"clamp \(chain D\) to turn by at least 0.1 degree .*got 0.08 .*: no hinge"):
         structures.cleft_view(toy(0), still)
     with pytest.raises(ValueError, match="to turn by at least 0.1 degree"):
         structures.cleft_view(toy(0), toy(0))
@@ -294,6 +275,8 @@ def test_views_and_angles_need_both_chains():
 
 
 def test_morph_moves_a_rigid_clamp_on_its_screw():
+    with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
+        structures.morph(toy(0), toy(1), 1)
     path = structures.morph(toy(0), moved(toy(1), *AWAY), 3)
     assert np.array_equal(positions(path[0]), positions(toy(0)))
     for conformation, fraction in zip(path[1:], (0.5, 1.0), strict=True):
@@ -308,11 +291,6 @@ def test_residues_that_only_the_closed_structure_has_move_with_their_neighbours(
             del chain[n]
     carried = structures.morph(toy(0), short, 2)[-1]
     assert np.abs(positions(carried) - positions(toy(1))).max() < 0.01
-
-
-def test_morph_refuses_fewer_than_two_conformations():
-    with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
-        structures.morph(toy(0), toy(1), 1)
 
 
 @needs_rnap
@@ -339,13 +317,10 @@ def test_the_path_tears_no_chain_and_makes_no_clash(rnap):
 def test_the_path_ends_at_the_two_structures(rnap):
     closed, open_, path = rnap
     assert np.array_equal(positions(path[0]), positions(closed))
-    keys = [
-        {(c.name, str(r.seqid)): r["CA"][0].pos.tolist() for c in s[0] for r in c}
-        for s in (path[-1], structures.superpose(open_, closed))
-    ]
-    common = keys[0].keys() & keys[1].keys()
-    distance = np.array([np.subtract(keys[0][k], keys[1][k]) for k in common])
-    assert len(common) == 3205
+    ends = (path[-1], structures.superpose(open_, closed))
+    ours, theirs = ({(c.name, str(r.seqid)): r["CA"][0].pos.tolist() for c in s[0] for r in c} for s in ends)
+    distance = np.array([np.subtract(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()])
+    assert len(distance) == 3205
     assert np.sqrt((distance**2).sum(axis=1).mean()) < 0.3
 
 
@@ -432,6 +407,10 @@ def test_fetch_keeps_a_good_file_and_needs_no_server_the_second_time(server, tmp
     assert path == tmp_path / "1aaa.cif.gz"
     assert sum(map(len, structures.read(path)[0])) == 12
     assert structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9") == path
+    path.unlink()
+    with pytest.raises(ConnectionError, match="check the network and run again, or put the file at .*, or use source"):
+        structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -446,12 +425,6 @@ def test_fetch_keeps_a_good_file_and_needs_no_server_the_second_time(server, tmp
 def test_fetch_explains_a_bad_answer_and_leaves_nothing(server, tmp_path, entry, error, message):
     with pytest.raises(error, match=f"{entry}.cif.gz: {message}.*{entry.lower()}.cif.gz yourself, or use"):
         structures.fetch(entry, tmp_path, server)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fetch_explains_that_there_is_no_server(tmp_path):
-    with pytest.raises(ConnectionError, match="check the network and run again, or put the file at .*, or use source"):
-        structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9")
     assert list(tmp_path.iterdir()) == []
 
 

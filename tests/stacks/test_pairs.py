@@ -31,10 +31,8 @@ def write(folder, volume, n=60, noise=5.0, contrast=1.0, with_ctf=True, rotated=
         x = ctf.apply_ctf(x, parameters, PIXEL)
     y = contrast * x + noise * x.std() * rng.standard_normal(x.shape, dtype=np.float32)
     columns = {label: parameters[label] for label in ctf.CTF_LABELS[:4]} if with_ctf else {}
-    path = particles.new(
-        folder / "p.star", y, rotations, PIXEL, shifts=shifts, columns=columns, spherical_aberration=2.0
-    )
-    return ParticleStack.open(path)
+    options = {"shifts": shifts, "columns": columns, "spherical_aberration": 2.0}
+    return ParticleStack.open(particles.new(folder / "p.star", y, rotations, PIXEL, **options))
 
 
 def test_references_are_projections_in_the_frame_of_the_images(volume, tmp_path):
@@ -67,13 +65,6 @@ def test_agreement_finds_gain_and_snr(volume, tmp_path):
     assert found.own > 2 * abs(found.others) and found.excess > 20
 
 
-def orientations():
-    for axes, flipped in product(permutations(range(3)), product((False, True), repeat=3)):
-        yield pytest.param(
-            axes, flipped, id="".join(("-" if flip else "") + "zyx"[axis] for axis, flip in zip(axes, flipped))
-        )
-
-
 def oriented(volume, axes, flipped):
     flips = tuple(axis for axis in range(3) if flipped[axis])
     return np.roll(np.flip(volume.transpose(axes), flips), len(flips) * [1], flips)
@@ -84,7 +75,7 @@ def stack(volume, tmp_path_factory):
     return write(tmp_path_factory.mktemp("pairs"), volume, n=100)
 
 
-@pytest.mark.parametrize("axes, flipped", list(orientations())[1::4])
+@pytest.mark.parametrize("axes, flipped", [*product(permutations(range(3)), product((False, True), repeat=3))][1::4])
 def test_a_turned_or_mirrored_map_is_found_out_with_the_way_back(volume, stack, axes, flipped):
     """What the message advises, done to the wrong map, gives the right one."""
     wrong = np.ascontiguousarray(oriented(volume, axes, flipped))
@@ -92,13 +83,11 @@ def test_a_turned_or_mirrored_map_is_found_out_with_the_way_back(volume, stack, 
         Pairs(stack, wrong, PIXEL, BOX, PIXEL, "bright").agreement(np.arange(100))
     if "is it the map of this refinement" in str(found.value):
         return
-    advice = re.search(r"z, y, x taken as (-?[zyx]), (-?[zyx]), (-?[zyx]) \((.*)\);", str(found.value))
-    mended = oriented(
-        wrong, ["zyx".index(word[-1]) for word in advice.groups()[:3]], [word[0] == "-" for word in advice.groups()[:3]]
-    )
+    *words, frame = re.search(r"z, y, x taken as (-?.), (-?.), (-?.) \((.*)\);", str(found.value)).groups()
+    mended = oriented(wrong, ["zyx".index(word[-1]) for word in words], [word[0] == "-" for word in words])
     assert np.corrcoef(mended.ravel(), volume.ravel())[0, 1] > 0.99
     mirrored = np.linalg.det(np.eye(3)[list(axes)]) * (-1) ** sum(flipped) < 0
-    assert advice[4] == ("the other hand" if mirrored else "another frame")
+    assert frame == ("the other hand" if mirrored else "another frame")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +99,7 @@ def test_a_turned_or_mirrored_map_is_found_out_with_the_way_back(volume, stack, 
         (
             lambda v: np.random.default_rng(0).random(v.shape),
             PIXEL,
-            "expected images to agree .* is it the map of this refinement",
+            "expected images to agree .* is it the map of this",
         ),
         (lambda v: -v, PIXEL, "expected images to agree .* got -"),
     ],
@@ -123,7 +112,7 @@ def test_maps_that_do_not_belong_are_found_out(volume, stack, change, voxel_size
 
 @pytest.mark.parametrize("with_ctf", [False, True])
 def test_a_map_with_a_negative_halo_gives_the_same_grey_scale(volume, tmp_path, with_ctf):
-    """The references' background is not 0; gain, SNR and level say so: noisy / gain + level lies on their scale."""
+    """Its references' background is not 0; gain, SNR and level say so: noisy / gain + level lies on their scale."""
     fringed = volume - 0.3 * gaussian_filter(volume, 4.0)
     stack = write(tmp_path, fringed, n=200, noise=2.0, with_ctf=with_ctf)
     pairs = Pairs(stack, fringed, PIXEL, BOX, PIXEL, "bright")
@@ -142,15 +131,12 @@ def test_training_rows_alternate_between_half_sets_and_no_row_is_in_two_splits()
     assert [len(part) for part in rows.values()] == [101, 20, 30, 349]
     assert len(np.unique(np.concatenate(list(rows.values())))) == 500
     bare = choose(None, 500, {"train": 101, "val": 20, "test": 30}, 0)
-    assert len(np.unique(np.concatenate(list(bare.values())))) == 500 and not np.array_equal(
-        bare["train"], np.arange(101)
-    )
+    assert len(np.unique(np.concatenate(list(bare.values())))) == 500
+    assert not np.array_equal(bare["train"], np.arange(101))
 
 
 def test_too_few_rows_are_counted():
-    with pytest.raises(
-        ValueError, match=r"particles: expected 90 \(train\) \+ 20 \(test\) or more, got 100; ask for fewer pairs"
-    ):
+    with pytest.raises(ValueError, match=r"particles: expected 90 \(train\) \+ 20 \(test\) or more, got 100; ask for"):
         choose(None, 100, {"train": 90, "test": 20}, 0)
     with pytest.raises(ValueError, match="half_sets: expected 40 rows or more of each, got 10; ask for fewer pairs"):
         choose(np.repeat([1, 2], [90, 10]), 100, {"train": 80, "test": 10}, 0)
@@ -165,9 +151,7 @@ def test_inverted_particles_are_found_out_and_inverted_on_request(volume, tmp_pa
 
 def test_dark_particles_want_a_decision(volume, tmp_path):
     stack = write(tmp_path, volume, n=100, noise=1.0, contrast=-1.0, with_ctf=False)
-    with pytest.raises(
-        ValueError, match="p.star: expected particles brighter than their background, got dark ones; .* contrast dark"
-    ):
+    with pytest.raises(ValueError, match="p.star: expected particles brighter than .*, got dark .* contrast dark"):
         Pairs(stack, volume, PIXEL, BOX, PIXEL)
     with pytest.raises(ValueError, match="contrast: expected one of bright, dark, got 'black'"):
         Pairs(stack, volume, PIXEL, BOX, PIXEL, "black")
