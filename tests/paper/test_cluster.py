@@ -152,7 +152,7 @@ def slurm(tmp_path_factory):
         run("slurmctld -c", env=environment)
         run("slurmd -c", env=environment)
         try:
-            wait_for(lambda: "idle" in run("sinfo --noheader --format=%T", env=environment), 60, "an idle node")
+            wait_for(lambda: "idle" in run("sinfo --noheader --format=%T", env=environment), 300, "an idle node")
         except AssertionError as error:
             logs = [(folder / f"{name}.log").read_text().splitlines()[-3:] for name in ("slurmctld", "slurmd")]
             pytest.skip(f"SLURM does not start on this machine: {error}; {logs}")
@@ -178,13 +178,13 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
 
     said = run("cluster/submit.sh table1", **here)
     array, collection = (line.rsplit(" ", 1)[1] for line in said.splitlines() if ": job " in line)
-    wait_for(lambda: list(tmp_path.glob(".scratch/*/state.pt")), 180, "a training under way")
+    wait_for(lambda: list(tmp_path.glob(".scratch/*/state.pt")), 900, "a training under way")
     running = run(f"squeue --noheader --states=R --jobs={array} --format=%i", **here).split()[0]
     run(f"scontrol requeue {running}", **here)
     pending = f"squeue --noheader --states=PD --jobs={running} --format=%i"
-    wait_for(lambda: run(pending, **here), 60, "the requeued task")
+    wait_for(lambda: run(pending, **here), 600, "the requeued task")
     run(f"scontrol update JobId={running} StartTime=now", **here)  # else after two minutes
-    wait_for(lambda: not run("squeue --noheader --format=%i", **here), 420, "the jobs to end")
+    wait_for(lambda: not run("squeue --noheader --format=%i", **here), 1800, "the jobs to end")
 
     logs = {path.name: path.read_text() for path in (tmp_path / "cluster" / "logs").iterdir()}
     assert "restart 0" in logs[f"train-{running}.out"] and "restart 1" in logs[f"train-{running}.out"], logs
