@@ -151,7 +151,7 @@ def in_folder(folder: Path, *command: str, timeout: float | None = None) -> subp
 
 
 def repro(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return in_folder(folder, "dvc", "repro", *arguments, timeout=900)
+    return in_folder(folder, "dvc", "repro", *arguments, timeout=3600)
 
 
 def test_the_ci_scale_makes_every_output(ci_run):
