@@ -245,14 +245,6 @@ def test_origins_left_out_are_zero_and_one_alone_is_read(tmp_path, column, value
     assert ParticleStack.open(path).poses.shifts.tolist() == [[0.0, y]]
 
 
-def test_rows_may_begin_as_table_names_do(tmp_path):
-    images = make_images(3)
-    make_stack(tmp_path / "s.mrcs", images)
-    rows = "a.mrc 1@s.mrcs 1\ndata_1/a.mrc 3@s.mrcs 1\ndata_1/b.mrc 2@s.mrcs 1\n"
-    stack = ParticleStack.open(make_star(tmp_path / "x.star", rows, "rlnMicrographName rlnImageName rlnOpticsGroup"))
-    np.testing.assert_array_equal(stack.images[:], images[[0, 2, 1]])
-
-
 def test_pixel_origins_without_a_pixel_size_are_refused(tmp_path):
     columns = "rlnImageName rlnAngleRot rlnAngleTilt rlnAnglePsi rlnOriginX rlnOriginY"
     path = make_particles(tmp_path, 1, "1@s.mrcs 10 20 30 2 -3\n", columns, None)
@@ -406,21 +398,6 @@ def test_missing_columns(tmp_path):
     assert stack.poses is None
 
 
-@pytest.mark.parametrize(
-    "rows, parts",
-    [
-        ("1@s.mrcs 1\n1@s.mrcs\n", ("data_particles, row 2", "expected 2 fields, got 1", "cut short")),
-        ("1@s.mrcs 1 9\n", ("row 1", "expected 2 fields, got 3")),
-        ("", ("got ['rlnImageName', 'rlnOpticsGroup'], no rows",)),
-    ],
-)
-def test_damaged_star(tmp_path, rows, parts):
-    refused(make_particles(tmp_path, 1, rows), *parts)
-    refused(make_star(tmp_path / "x.star", "1@s.mrcs 1\n", "rlnImageName rlnImageName"), "distinct columns")
-    (tmp_path / "y.star").write_text("hello\n")
-    refused(tmp_path / "y.star", "rlnImageName", "got no table")
-
-
 @pytest.mark.parametrize("column", ["rlnAngleTilt", "rlnOriginXAngst", "rlnDefocusU"])
 @pytest.mark.parametrize("value", ["nan", "inf", "oops"])
 def test_numbers_that_are_none_are_named(tmp_path, column, value):
@@ -551,13 +528,6 @@ def test_write_changes_only_the_image_references(tmp_path):
     again = ParticleStack.open(out)
     np.testing.assert_array_equal(again.images[:], like.images[:] + 1)
     assert again.pixel_size == 1.5
-
-
-def test_text_that_is_not_utf8_is_kept(tmp_path):
-    path = make_particles(tmp_path, 1, "1@s.mrcs 1 m.mrc\n", "rlnImageName rlnOpticsGroup rlnMicrographName")
-    path.write_bytes(path.read_bytes().replace(b"m.mrc", b"m\xe9.mrc"))
-    out = particles.write(tmp_path / "y.star", make_images(1), ParticleStack.open(path))
-    assert b"000001@y.mrcs 1 m\xe9.mrc" in out.read_bytes()
 
 
 @needs_data
