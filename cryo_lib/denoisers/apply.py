@@ -32,16 +32,16 @@ def denoise_stack(
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
 
-    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn, each on
-    its own GPU, and the first one writes.
+    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn,
+    each on its own GPU, and the first one writes.
 
     Parameters
     ----------
-    model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to the
-        same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
+    model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to
+        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
-    out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only the
-        image reference changes.
+    out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
+        the image reference changes.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -61,8 +61,13 @@ def denoise_stack(
             raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
     else:
         model, half_sets = {0: model}, np.broadcast_to(0, len(stack))
-    for each in model.values():
-        _check_size(each, stack)
+    shape = stack.images.shape[1:]
+    for size in {getattr(each, "image_size", None) for each in model.values()} - {None}:
+        if shape != (size, size):
+            raise ValueError(
+                f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, shape))}; "
+                "rescale or crop the stack explicitly, or train a network for its size"
+            )
 
     def denoised() -> Iterator[np.ndarray]:
         started = printed = time.monotonic()
@@ -104,8 +109,8 @@ def fit(
     """Return a denoiser of a stack's own images by a network that was trained on others, for `denoise_stack`.
 
     Each image is given the background mean and sd of the images that the network was trained on (its card's). Where
-    `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond the
-    network's box it has the mean of its background.
+    `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond
+    the network's box it has the mean of its background.
 
     Parameters
     ----------
@@ -136,8 +141,8 @@ def fit(
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
     if RESIZES.index(checks.choice("resize", resize, RESIZES)) < RESIZES.index(needed):
         raise ValueError(
-            f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got {height} x "
-            f"{box} px of {own:g} A; allow resize {needed}, or train a network for this size"
+            f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got "
+            f"{height} x {box} px of {own:g} A; allow resize {needed}, or train a network for this size"
         )
     contrast, own = contrast_of(stack, contrast), scale if same_scale else own
 
@@ -149,12 +154,3 @@ def fit(
         return projection.resample(x_hat - level, scale, box, own) + level
 
     return denoise
-
-
-def _check_size(model: Denoiser, stack: ParticleStack) -> None:
-    size, found = getattr(model, "image_size", None), tuple(stack.images.shape[1:])
-    if size is not None and found != (size, size):
-        raise ValueError(
-            f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, found))}; "
-            "rescale or crop the stack explicitly, or train a network for its size"
-        )

@@ -94,7 +94,8 @@ def denoise(
         raise ModuleNotFoundError(f"method {method} needs the library {package}: pip install {package}", name=module)
 
     if method == "gaussian":
-        return _low_pass(y, best_width(x_train, y_train, y.shape[1:]))
+        transfer = _transfer(best_width(x_train, y_train, y.shape[1:]), y.shape[1:])
+        return np.concatenate([ifft2(fft2(y[part]) * transfer).real for part in _parts(len(y), 256)])
     if method == "cwf":
         return _cwf(y, sigma)
     with threadpool_limits(1):
@@ -136,11 +137,6 @@ def _each(one: Callable[[np.ndarray, float], np.ndarray], y: np.ndarray, sigma: 
 def _transfer(width: float, shape: tuple[int, int]) -> np.ndarray:
     squared = np.square(fftfreq(shape[0]))[:, None] + np.square(fftfreq(shape[1]))
     return np.exp(-2 * (np.pi * width) ** 2 * squared).astype(np.float32)
-
-
-def _low_pass(y: np.ndarray, width: float) -> np.ndarray:
-    transfer = _transfer(width, y.shape[1:])
-    return np.concatenate([ifft2(fft2(y[part]) * transfer).real for part in _parts(len(y), 256)])
 
 
 def best_width(x_train: Any, y_train: Any, shape: tuple[int, int]) -> float:

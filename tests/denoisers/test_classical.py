@@ -161,27 +161,23 @@ def test_bad_sigma(sigma, message: str) -> None:
 
 def test_bad_input() -> None:
     x, y, sigma = particles()
-    with pytest.raises(ValueError, match="method: expected one of gaussian, bm3d, ksvd, nlm, cwf, got 'median'"):
-        denoise("median", y, sigma)
-    with pytest.raises(ValueError, match=r"y: expected images of shape \(n, h, w\)"):
-        denoise("nlm", y[0], sigma)
     broken = y.copy()
     broken[7, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="y: expected finite pixels, .* the first is image 7"):
-        denoise("nlm", broken, sigma)
-    with pytest.raises(ValueError, match="y_train: expected finite pixels"):
-        denoise("gaussian", y, sigma, y_train=broken)
-    for missing in ("x_train", "y_train"):
-        with pytest.raises(ValueError, match="expected pairs, that gaussian sets its width on, got None"):
-            denoise("gaussian", y, sigma, **{missing: None})
-    with pytest.raises(ValueError, match="x_train and y_train: expected the same shape"):
-        denoise("gaussian", y, sigma, x_train=x[:5])
-    with pytest.raises(ValueError, match="x_train: expected 32 x 32 px, as the images to denoise, got 16 x 16"):
-        denoise("gaussian", y, sigma, x_train=x[:, :16, :16], y_train=y[:, :16, :16])
-    with pytest.raises(ValueError, match="n_jobs: expected an integer >= 1, got 0"):
-        denoise("nlm", y, sigma, n_jobs=0)
-    with pytest.raises(ValueError, match="seed: expected an integer >= 0, got -1"):
-        denoise("ksvd", y, sigma, seed=-1)
+    small = {"x_train": x[:, :16, :16], "y_train": y[:, :16, :16]}
+    for method, images, options, message in [
+        ("median", y, {}, "method: expected one of gaussian, bm3d, ksvd, nlm, cwf, got 'median'"),
+        ("nlm", y[0], {}, r"y: expected images of shape \(n, h, w\)"),
+        ("nlm", broken, {}, "y: expected finite pixels, .* the first is image 7"),
+        ("gaussian", y, {"y_train": broken}, "y_train: expected finite pixels"),
+        ("gaussian", y, {"x_train": None}, "expected pairs, that gaussian sets its width on, got None"),
+        ("gaussian", y, {"y_train": None}, "expected pairs, that gaussian sets its width on, got None"),
+        ("gaussian", y, {"x_train": x[:5]}, "x_train and y_train: expected the same shape"),
+        ("gaussian", y, small, "x_train: expected 32 x 32 px, as the images to denoise, got 16 x 16"),
+        ("nlm", y, {"n_jobs": 0}, "n_jobs: expected an integer >= 1, got 0"),
+        ("ksvd", y, {"seed": -1}, "seed: expected an integer >= 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            denoise(method, images, sigma, **options)
 
 
 @pytest.mark.parametrize("method", LIBRARY_METHODS)
