@@ -33,15 +33,11 @@ def environment(device: str) -> dict[str, Any]:
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    processor = named[0].split(":", 1)[1].strip() if named else platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor
     machine = {"device": name, "device_type": device, "cores": cores(), "load": round(os.getloadavg()[0], 2)}
     return machine | {"torch": torch.__version__, "python": platform.python_version(), "revision": revision}
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def measure(device: str, size: str, only: Sequence[str], out: Path) -> dict[str, Any]:

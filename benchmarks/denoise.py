@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,8 @@ def topaz(
     def measure() -> dict[str, Any]:
         opened = ParticleStack.open(stack)
         with torch.inference_mode():
-            if batch is None:
-                seconds = timed(chosen, whole)
-            else:
-                work = lambda: apply.denoise_stack(denoiser.denoise, opened, out, batch_size=batch)  # noqa: E731
-                seconds = timed(chosen, work)
+            in_batches = partial(apply.denoise_stack, denoiser.denoise, opened, out, batch_size=batch)
+            seconds = timed(chosen, whole if batch is None else in_batches)
         return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
 
     return measure
@@ -136,9 +134,10 @@ def installed(folder: Path = TOPAZ) -> bool:
 def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
     """Ours and Topaz in turn on one stack: what is denoised, and a row each; those of Topaz only if it is installed."""
     print("denoising: ours and Topaz-Denoise", flush=True)
-    stack = str(write_noise(scratch / "stack.mrcs", size.denoise_images, size.denoise_size))
-    common, batch = {"device": device, "stack": stack}, size.denoise_batch
-    ours = {"task": "denoise:ours", "batch": batch, "width": size.denoise_width}
+    chosen = {name: size.denoise[name] for name in ("size", "width", "images", "batch")}
+    stack, batch = write_noise(scratch / "stack.mrcs", chosen["images"], chosen["size"]), chosen["batch"]
+    common = {"device": device, "stack": str(stack)}
+    ours = {"task": "denoise:ours", "batch": batch, "width": chosen["width"]}
     tasks = {f"Ours, {precision}": ours | {"precision": precision} for precision in size.precisions}
     if installed():
         tasks["Topaz-Denoise, in batches"] = {"task": "denoise:topaz", "batch": batch}
@@ -149,12 +148,12 @@ def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
             gangs[name] = Gang(out=str(scratch / f"out{i}.mrcs"), **common, **options)
         for gang in gangs.values():
             gang.measure()
-        rates = alternate(gangs, {name: {} for name in gangs}, size.denoise_repeats)
+        rates = alternate(gangs, {name: {} for name in gangs}, size.denoise["repeats"])
         peaks = {name: gang.peak_memory for name, gang in gangs.items()}
     finally:
         for gang in gangs.values():
             gang.close()
-    chosen = {"size": size.denoise_size, "width": size.denoise_width, "images": size.denoise_images, "batch": batch}
+
     rows = [{"denoiser": name, "images_per_s": rates[name], "peak_memory": peaks[name]} for name in gangs]
     return {"configuration": chosen, "rows": rows, "topaz_installed": installed()}
 

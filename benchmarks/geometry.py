@@ -41,7 +41,8 @@ def rates(size: int, images: int) -> Callable[..., dict[str, Any]]:
 def run(device: str, size: Size) -> dict[str, Any]:
     """Both rates, in images/s, of `size.repeats` timings, at most three: they are the CPU's whatever the device."""
     print("projection and reconstruction", flush=True)
-    with Gang("geometry:rates", size=size.geometry_size, images=size.geometry_images) as gang:
+    with Gang("geometry:rates", **size.geometry) as gang:
         results = [gang.measure()[0] for _ in range(min(3, size.repeats))]
-    chosen = {"size": size.geometry_size, "images": size.geometry_images}
-    return {"configuration": chosen} | {name: [each[name] for each in results] for name in ("project", "reconstruct")}
+    return {"configuration": size.geometry} | {
+        name: [each[name] for each in results] for name in ("project", "reconstruct")
+    }

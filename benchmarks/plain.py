@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from cryo_lib.networks import losses
 
+K_D, K_G, ETA_D, ETA_G, LAM, MU = 1, 2, 1e-3, 1e-2, 10.0, 10.0  # the paper's, as in `runs.Settings`
+
 
 class PlainLoop:
     """One training; `train` is the script's loop.
@@ -22,8 +24,7 @@ class PlainLoop:
     method : scores and reconstruction loss.
     generator, discriminator : freshly made networks, moved to `device`; the discriminator is None for an autoencoder.
     x, y : references and noisy images, `(n, h, w)` numpy arrays of the networks' dtype.
-    batch_size : pairs a minibatch. seed : of the minibatches' order and of WGANgp's mixing.
-    k_d, k_g, eta_d, eta_g, lam, mu : as in `runs.Settings`; the defaults are the paper's.
+    batch_size : pairs a minibatch.
     """
 
     def __init__(
@@ -35,23 +36,15 @@ class PlainLoop:
         y: np.ndarray,
         batch_size: int,
         device: torch.device,
-        seed: int = 0,
-        k_d: int = 1,
-        k_g: int = 2,
-        eta_d: float = 1e-3,
-        eta_g: float = 1e-2,
-        lam: float = 10.0,
-        mu: float = 10.0,
     ) -> None:
         self.method, self.x, self.y, self.batch_size, self.device = method, x, y, batch_size, device
-        self.k_d, self.k_g, self.lam, self.mu = k_d, k_g, lam, mu
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
         self.G = generator.to(device)
-        self.optimizer_G = torch.optim.Adam(self.G.parameters(), lr=eta_g, betas=(0.5, 0.999))
+        self.optimizer_G = torch.optim.Adam(self.G.parameters(), lr=ETA_G, betas=(0.5, 0.999))
         self.D = discriminator
         if discriminator is not None:
             self.D = discriminator.to(device)
-            self.optimizer_D = torch.optim.Adam(self.D.parameters(), lr=eta_d, betas=(0.5, 0.999))
+            self.optimizer_D = torch.optim.Adam(self.D.parameters(), lr=ETA_D, betas=(0.5, 0.999))
         self.log: list[dict[str, float]] = []
         self.order = np.empty(0, int)
 
@@ -61,7 +54,7 @@ class PlainLoop:
             if not len(self.order):
                 self.order = self.rng.permutation(len(self.x))
             rows, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-            self.iteration(rows, self.rng.random((self.k_d, len(rows))))
+            self.iteration(rows, self.rng.random((K_D, len(rows))))
 
     def iteration(self, rows: np.ndarray, mix: np.ndarray) -> None:
         """One iteration on the pairs of `rows`; `mix`, `(k_d, m)` in [0, 1], is WGANgp's."""
@@ -69,23 +62,23 @@ class PlainLoop:
         y = torch.tensor(self.y[rows])[:, None].to(self.device)
         line = {}
         if self.D is not None:
-            for k in range(self.k_d):
+            for k in range(K_D):
                 fake = self.G(y).detach()
                 loss_D = -self.method.real(self.D(x)).mean() - self.method.fake(self.D(fake)).mean()
                 if self.method.adversary == "wgan_gp":
                     share = torch.tensor(mix[k], dtype=x.dtype)[:, None, None, None].to(self.device)
-                    loss_D = loss_D + self.mu * self._gradient_penalty(x, fake, share)
+                    loss_D = loss_D + MU * self._gradient_penalty(x, fake, share)
                 self.optimizer_D.zero_grad()
                 loss_D.backward()
                 self.optimizer_D.step()
                 line["loss_d"] = loss_D.item()
-        for _ in range(self.k_g):
+        for _ in range(K_G):
             fake = self.G(y)
             difference = fake - x
             reconstruction = difference.abs().mean() if self.method.p == 1 else difference.pow(2).mean()
             loss_G = reconstruction
             if self.D is not None:
-                loss_G = self.lam * reconstruction + self.method.fake(self.D(fake)).mean()
+                loss_G = LAM * reconstruction + self.method.fake(self.D(fake)).mean()
             self.optimizer_G.zero_grad()
             loss_G.backward()
             self.optimizer_G.step()

@@ -50,11 +50,11 @@ class Size:
     steps : configurations of the training step.
     gemm_sizes : sides of the matrices tried for the ceiling. copy_mib : MiB copied at a time.
     repeats : timings of each of these.
-    denoise_size, denoise_width, denoise_images, denoise_batch : of the stack denoised beside Topaz and of our network:
-        px, channels, images in all and a batch. precisions : of our network. denoise_repeats : timings of each.
-    memory_images : lengths of the `.mrcs` stacks of 32 px whose denoising must not take more memory. memory_star : of
-        a `.star` stack.
-    geometry_size, geometry_images : px, and projections made and reconstructed from.
+    denoise : of the stack denoised beside Topaz and of our network: size (px), width (channels), images in all and a
+        batch, and repeats, the timings of each. precisions : of our network.
+    memory_images : lengths of the `.mrcs` stacks of 32 px whose denoising must not take more memory. memory_star : of a
+        `.star` stack.
+    geometry : size (px), and images, the projections made and reconstructed from.
     accuracy : of the trainings whose PSNR is compared by precision: size (px), width, batch, pairs, validation
         (images), epochs, seeds.
     growth : curves of the training. growth_seconds, growth_repeats : of the timings of each of their points.
@@ -65,15 +65,10 @@ class Size:
     gemm_sizes: tuple[int, ...]
     copy_mib: int
     repeats: int
-    denoise_size: int
-    denoise_width: int
-    denoise_images: int
-    denoise_batch: int
-    denoise_repeats: int
+    denoise: dict[str, int]
     memory_images: tuple[int, ...]
     memory_star: int
-    geometry_size: int
-    geometry_images: int
+    geometry: dict[str, int]
     growth_seconds: float
     growth_repeats: int
     accuracy: dict[str, int]
@@ -92,19 +87,16 @@ def size_of(name: str, device: str) -> Size:
             gemm_sizes=(64, 128),
             copy_mib=16,
             repeats=3,
-            denoise_size=32,
-            denoise_width=2,
-            denoise_images=16,
-            denoise_batch=8,
-            denoise_repeats=2,
+            denoise={"size": 32, "width": 2, "images": 16, "batch": 8, "repeats": 2},
             memory_images=(200, 400),
             memory_star=200,
-            geometry_size=32,
-            geometry_images=64,
+            geometry={"size": 32, "images": 64},
             growth_seconds=0.1,
             growth_repeats=2,
             accuracy={"size": 32, "width": 2, "batch": 8, "pairs": 32, "validation": 8, "epochs": 1, "seeds": 2},
         )
+    both = {"memory_images": (10**3, 10**4, 10**5, 10**6), "memory_star": 10**5}
+    both |= {"growth_seconds": 1.0, "growth_repeats": 3}
     if device == "cpu":
         return Size(
             steps=(
@@ -119,17 +111,9 @@ def size_of(name: str, device: str) -> Size:
             gemm_sizes=(512, 1024, 2048),
             copy_mib=256,
             repeats=5,
-            denoise_size=128,
-            denoise_width=64,
-            denoise_images=48,
-            denoise_batch=16,
-            denoise_repeats=3,
-            memory_images=(10**3, 10**4, 10**5, 10**6),
-            memory_star=10**5,
-            geometry_size=64,
-            geometry_images=1000,
-            growth_seconds=1.0,
-            growth_repeats=3,
+            denoise={"size": 128, "width": 64, "images": 48, "batch": 16, "repeats": 3},
+            geometry={"size": 64, "images": 1000},
+            **both,
             accuracy={"size": 48, "width": 8, "batch": 10, "pairs": 1800, "validation": 200, "epochs": 1, "seeds": 3},
         )
     return Size(
@@ -142,17 +126,9 @@ def size_of(name: str, device: str) -> Size:
         gemm_sizes=(2048, 4096, 8192),
         copy_mib=1024,
         repeats=20,
-        denoise_size=128,
-        denoise_width=64,
-        denoise_images=4000,
-        denoise_batch=100,
-        denoise_repeats=3,
-        memory_images=(10**3, 10**4, 10**5, 10**6),
-        memory_star=10**5,
+        denoise={"size": 128, "width": 64, "images": 4000, "batch": 100, "repeats": 3},
         precisions=("float32", "tf32", "bf16"),
-        geometry_size=128,
-        geometry_images=2000,
-        growth_seconds=1.0,
-        growth_repeats=3,
+        geometry={"size": 128, "images": 2000},
+        **both,
         accuracy={"size": 128, "width": 64, "batch": 20, "pairs": 5000, "validation": 200, "epochs": 1, "seeds": 3},
     )

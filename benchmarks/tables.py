@@ -22,23 +22,14 @@ def ratios(rates: Mapping[str, Sequence[float]], ours: str, other: str) -> list[
     return [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
 
 
-def flop_rate(group: Results, row: Results) -> float:
-    """FLOP/s of our training steps, of all trainings together."""
-    return _iterations_per_s(group, row) * row["iteration"]["flop"]
-
-
-def byte_rate(group: Results, row: Results) -> float:
-    """Bytes/s that operations of our training steps read and write, caches not counted, of all trainings together."""
-    return _iterations_per_s(group, row) * row["iteration"]["bytes"]
-
-
-def _iterations_per_s(group: Results, row: Results) -> float:
-    return median(row["images_per_s"]["ours"]) / group["configuration"]["batch"]
+def rate_of(what: str, group: Results, row: Results) -> float:
+    """FLOP/s ("flop") of our training steps, all trainings together, or bytes/s ("bytes") read and written uncached."""
+    return median(row["images_per_s"]["ours"]) / group["configuration"]["batch"] * row["iteration"][what]
 
 
 def part_of_ceiling(group: Results, row: Results) -> float:
     """FLOP/s of our step over the device's best, by matrix product or convolution, at the same precision."""
-    return flop_rate(group, row) / max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
+    return rate_of("flop", group, row) / max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
 
 
 def fastest(denoised: Results, who: str) -> str | None:
@@ -131,10 +122,10 @@ def _steps_table(group: Results) -> pd.DataFrame:
                 "Plain loop (images/s)": _rate(rates["plain"]),
                 "Ratio": _spread(ratios(rates, "ours", "plain")),
                 "GFLOP an image": f"{row['iteration']['flop'] / group['configuration']['batch'] / 1e9:.3g}",
-                "Ours (GFLOP/s)": f"{flop_rate(group, row) / 1e9:,.0f}",
+                "Ours (GFLOP/s)": f"{rate_of('flop', group, row) / 1e9:,.0f}",
                 "of the ceiling": f"{part_of_ceiling(group, row):.0%}",
-                "Ours (GB/s)": f"{byte_rate(group, row) / 1e9:,.1f}",
-                "of the copy rate": f"{byte_rate(group, row) / group['ceiling']['copy']:.0%}",
+                "Ours (GB/s)": f"{rate_of('bytes', group, row) / 1e9:,.1f}",
+                "of the copy rate": f"{rate_of('bytes', group, row) / group['ceiling']['copy']:.0%}",
                 "Memory, ours (MiB)": _mib(row["peak_memory"]["ours"]),
                 "Memory, plain (MiB)": _mib(row["peak_memory"]["plain"]),
             }

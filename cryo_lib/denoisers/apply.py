@@ -61,8 +61,13 @@ def denoise_stack(
             raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
     else:
         model, half_sets = {0: model}, np.broadcast_to(0, len(stack))
-    for each in model.values():
-        _check_size(each, stack)
+    shape = stack.images.shape[1:]
+    for size in {getattr(each, "image_size", None) for each in model.values()} - {None}:
+        if shape != (size, size):
+            raise ValueError(
+                f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, shape))}; "
+                "rescale or crop the stack explicitly, or train a network for its size"
+            )
 
     def denoised() -> Iterator[np.ndarray]:
         started = printed = time.monotonic()
@@ -149,12 +154,3 @@ def fit(
         return projection.resample(x_hat - level, scale, box, own) + level
 
     return denoise
-
-
-def _check_size(model: Denoiser, stack: ParticleStack) -> None:
-    size, found = getattr(model, "image_size", None), tuple(stack.images.shape[1:])
-    if size is not None and found != (size, size):
-        raise ValueError(
-            f"particles: this network denoises {size} x {size} px images, got {' x '.join(map(str, found))}; "
-            "rescale or crop the stack explicitly, or train a network for its size"
-        )

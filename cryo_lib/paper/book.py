@@ -30,11 +30,6 @@ class BookError(RuntimeError):
     """A notebook cannot be published as it is, or there is none to make a book of."""
 
 
-def is_shown(name: str) -> bool:
-    """Whether a notebook of this name, such as `25_draw_figure3eg`, shows results and is published."""
-    return int(name[:2]) >= 20 or int(name[:2]) in (3, 6, 8, 11)
-
-
 def publish(executed: str | Path, out: str | Path) -> Path:
     """Write an executed notebook as it is committed: the same bytes for the same code and results.
 

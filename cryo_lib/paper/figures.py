@@ -240,11 +240,6 @@ def show_slices(maps: dict[str, np.ndarray], z: int) -> Figure:
     return figure
 
 
-def stack_colour(stack: str) -> str:
-    """The colour of a stack's curves: its method's; a stack is `clean`, `noisy` or `study/method/...`."""
-    return METHODS[stack.split("/")[1] if "/" in stack else stack].colour
-
-
 def reconstructions(
     maps: Mapping[str, np.ndarray],
     letters: Sequence[str],
@@ -259,7 +254,8 @@ def reconstructions(
     Parameters
     ----------
     maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
-    labels : stack -> what the legend calls it; those below `halves/`, of two networks, are drawn dashed.
+    labels : stack (`clean`, `noisy` or `study/method/...`) -> what the legend calls it; those below `halves/`, of two
+        networks, are drawn dashed.
     curves : the rows of `results/<scale>/fsc.csv`.
     relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so.
         None where it has no part.
@@ -283,7 +279,8 @@ def reconstructions(
     halves, truth = below.subplots(1, 2, sharey=True)
     for stack, label in labels.items():
         rows = curves[curves["stack"] == stack]
-        style = {"color": stack_colour(stack), "ls": "--" if stack.startswith("halves/") else "-", "label": label}
+        colour = METHODS[stack.split("/")[1] if "/" in stack else stack].colour
+        style = {"color": colour, "ls": "--" if stack.startswith("halves/") else "-", "label": label}
         halves.plot(rows["frequency"], rows["halves_corrected"], **style)
         truth.plot(rows["frequency"], rows["truth_masked"], **style)
         if refined := relion and relion["stacks"].get(stack):

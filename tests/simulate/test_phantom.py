@@ -66,11 +66,8 @@ def test_phantom_is_made_by_its_seed_alone(claw):
 
 
 @pytest.mark.parametrize("opening", [0.0, -3.0, 90.0, float("nan")])
-def test_phantom_refuses_an_impossible_opening(opening):
-    with pytest.raises(ValueError, match="opening: expected a finite number > 0.0 and <= 40.0"):
-        structures.phantom(2, opening)
-
-
-def test_phantom_refuses_fewer_than_two_conformations():
+def test_phantom_refuses_an_impossible_opening_and_fewer_than_two_conformations(opening):
     with pytest.raises(ValueError, match="n_conformations: expected an integer >= 2, got 1"):
         structures.phantom(1)
+    with pytest.raises(ValueError, match="opening: expected a finite number > 0.0 and <= 40.0"):
+        structures.phantom(2, opening)

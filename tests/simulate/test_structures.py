@@ -351,6 +351,10 @@ def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_
     core = structures.write(peptide(), tmp_path / "core.cif")
     with pytest.raises(ValueError, match="core.cif: expected chains C, D, got a structure without D; .* chains are C"):
         structures.prepare("files", 2, closed_file=closed, open_file=core, chains=["C", "D"])
+    with pytest.raises(ValueError, match="source: expected one of phantom, pdb, files, got 'rcsb'"):
+        structures.prepare("rcsb")
+    with pytest.raises(ValueError, match="open_file: source 'files' needs the path of a coordinate file, got None"):
+        structures.prepare("files", closed_file="closed.pdb")
 
 
 def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():
@@ -364,13 +368,6 @@ def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():
     massed = with_positions(lopsided, positions(lopsided) - positions(lopsided).mean(axis=0))
     with pytest.raises(ValueError, match="box"):
         density.density(massed, n, pixel_size, resolution)
-
-
-def test_prepare_refuses_an_unknown_source_and_missing_files():
-    with pytest.raises(ValueError, match="source: expected one of phantom, pdb, files, got 'rcsb'"):
-        structures.prepare("rcsb")
-    with pytest.raises(ValueError, match="open_file: source 'files' needs the path of a coordinate file, got None"):
-        structures.prepare("files", closed_file="closed.pdb")
 
 
 # --- fetching --------------------------------------------------------------------------------------------------------
