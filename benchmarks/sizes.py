@@ -17,7 +17,7 @@ class Configuration:
     Attributes
     ----------
     name : in tables. size : px. width : channels. batch, pairs : pairs a minibatch and in all.
-    precision : of our engine. methods : keys of `losses.METHODS`.
+    precision : of our engine. methods : ids, see `losses.Method.parse`.
     seconds : that one timing takes, or an iteration where that is longer. repeats : timings of each.
     """
 
