@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import models
-from cryo_lib.networks.runs import expand
-from cryo_lib.paper.experiments import read_scale
+from cryo_lib.paper.experiments import grid, read_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "laptop"
@@ -26,7 +25,8 @@ def per_image():
 
 def test_every_run_of_the_scale_is_there_and_no_other(per_image):
     params = read_scale(ROOT / "scales" / "laptop.yaml")
-    expected = {run.folder.as_posix() for name in params["studies"] for run in expand(params["study"][name])}
+    papers = set(params["studies"]) - set(params["supplement_studies"])
+    expected = {run.folder.as_posix() for name in papers for run in grid(params["study"][name])}
     found = {name for name in per_image["mse"] if "/seed" in name}
     assert found == expected and len(per_image["mse"]) == params["data"]["n_test"]
 
@@ -102,7 +102,7 @@ def particles():
 
 def test_every_run_on_particles_is_there_and_no_other(particles):
     params = read_scale(ROOT / "scales" / "laptop.yaml")
-    expected = {run.folder.as_posix() for name in params["particle_studies"] for run in expand(params["study"][name])}
+    expected = {run.folder.as_posix() for name in params["particle_studies"] for run in grid(params["study"][name])}
     assert {name for name in particles if "/seed" in name} == expected and len(particles) == params["pairs"]["n_test"]
 
 
@@ -121,7 +121,7 @@ def test_every_run_of_the_supplement_is_there_and_no_other(supplement):
     params = read_scale(ROOT / "scales" / "laptop.yaml")
     names = ["table1", "contamination", *params["supplement_studies"]]
     expected = {
-        (name, r.variant, r.method, r.experiment, r.seed) for name in names for r in expand(params["study"][name])
+        (name, r.variant, r.method, r.experiment, r.seed) for name in names for r in grid(params["study"][name])
     }
     networks = supplement[supplement["study"] != "reference"]
     found = list(networks[["study", "variant", "method", "experiment", "seed"]].itertuples(index=False, name=None))
