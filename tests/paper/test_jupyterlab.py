@@ -93,4 +93,5 @@ def test_a_notebook_opens_and_runs(server, name):
     errors = [m["content"] for m in messages if m["msg_type"] == "error"]
     assert not errors, errors
     shown = [m["content"]["data"] for m in messages if m["msg_type"] in ("display_data", "execute_result")]
-    assert any("image/png" in data for data in shown), "no picture was shown"
+    wanted = "text/markdown" if name.startswith("37_") else "image/png"  # the claims are a table
+    assert any(wanted in data for data in shown), f"no {wanted} was shown"
