@@ -213,7 +213,7 @@ def test_a_rerun_with_the_same_result_leaves_a_clean_tree(ci_run, tmp_path):
     commit(ci_run)
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", str(ci_run), str(clone))
-    wanted = {"train@ci-table1", "train_particles@ci-figure4", "evaluate@ci", "weights@ci"}
+    wanted = {"train@ci-table1", "train_particles@ci-figure4", "export@ci", "reconstruct@ci"}
     assert wanted <= stages_run(whole(repro(clone)))  # what is in git is made anew only where it changes
     assert git(clone, "status", "--porcelain") == ""
 
