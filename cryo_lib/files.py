@@ -95,7 +95,7 @@ def cores() -> int:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes docstrings away; comments are in no tree."""
+    """Takes away docstrings and descriptions of pydantic's fields, documentation too; comments are in no tree."""
 
     def visit(self, node: ast.AST) -> ast.AST:
         if (
@@ -103,6 +103,8 @@ class _Bare(ast.NodeTransformer):
             and ast.get_docstring(node) is not None
         ):
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
         return self.generic_visit(node)
 
 

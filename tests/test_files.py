@@ -108,6 +108,12 @@ def test_a_closure_holds_the_code_of_all_that_is_imported_and_nothing_else(packa
     assert files.closure(source) != before
 
 
+def test_what_documents_a_field_is_not_its_code():
+    source = 'x: int = Field(1, ge={0}, description="{1}")'
+    assert files.closure(source.format(0, "a count")) == files.closure(source.format(0, "how many"))
+    assert files.closure(source.format(0, "a count")) != files.closure(source.format(1, "a count"))
+
+
 def test_a_relative_import_has_no_closure():
     with pytest.raises(ValueError, match="code, line 2: expected an import by full name, got a relative one"):
         files.closure("x = 1\nfrom . import b")

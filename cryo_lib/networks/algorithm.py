@@ -58,7 +58,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             problems = "; ".join(map(_described, error.errors()))
             known = f"; settings are {', '.join(type(self).model_fields)}" if "unknown" in problems else ""
-            raise ValueError(f"settings: {problems}{known}") from error
+            raise ValueError(f"settings: {problems}{known}") from None
 
 
 def _described(problem: Any) -> str:

@@ -64,9 +64,8 @@ class Trainer(Algorithm1):
         self.optimise_g = self._optimiser(self.generator, settings.eta_g)
         if self.discriminator is not None:
             self.optimise_d = self._optimiser(self.discriminator, settings.eta_d)
-        self.iteration = 0
+        self.iteration, self.seconds = 0, 0.0  # the latter without evaluations
         self.history: list[dict[str, Any]] = []
-        self.speed: dict[str, Any] = {}  # of the last iterations, and the device: nothing that a result depends on
         grows = isinstance(self.generator, pggan.Growing)
         self._captures = device.type == "cuda" and settings.cuda_graph and parallel.size() == 1 and not grows
         self._replayed: Replayed | None = None
@@ -218,24 +217,22 @@ class Trainer(Algorithm1):
             sums = self.advance(self.settings.log_every - before % self.settings.log_every)
             means = parallel.total(torch.stack([*sums.values()])) / (self.iteration - before)
             losses = dict(zip(sums, means.tolist()))  # waits for the device: the time is that of the iterations
-            self._measure(self._seen(self.iteration) - self._seen(before), time.perf_counter() - started)
+            self.seconds += time.perf_counter() - started
             self._report(losses, validate, checkpoint, report)
             if parallel.from_first(lambda: time.monotonic() > until):
                 break
         return self.iteration == self.iterations
 
-    def _seen(self, iteration: int) -> int:
-        """Pairs visited before an iteration."""
-        epoch, first = divmod(iteration, self.iterations_per_epoch)
-        return epoch * len(self.batches) + first * self.settings.batch_size
-
-    def _measure(self, pairs: int, seconds: float) -> None:
+    def speed(self) -> dict[str, Any]:
+        """Images a second so far, interruptions left out, peak memory, and the device: no result depends on them."""
+        epoch, first = divmod(self.iteration, self.iterations_per_epoch)
+        seen = epoch * len(self.batches) + first * self.settings.batch_size
+        rate = round(seen / self.seconds, 1) if self.seconds else 0.0
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rate = round(pairs / seconds, 1)
-        self.speed = {"images_per_s": rate, "peak_memory_mib": memory >> 20, "device": str(self.device)}
+        return {"images_per_s": rate, "peak_memory_mib": memory >> 20, "device": str(self.device)}
 
     def _report(self, losses: dict[str, float], validate: Callable, checkpoint: Path, report: Callable) -> None:
         self.calibrate()
@@ -281,7 +278,7 @@ class Trainer(Algorithm1):
 
     def save_state(self, path: Path) -> None:
         """Write everything needed to go on to `path`, atomically."""
-        state = {"iteration": self.iteration, "history": self.history}
+        state = {"iteration": self.iteration, "seconds": self.seconds, "history": self.history}
         for name in self._parts():
             state[name] = getattr(self, name).state_dict()
         with atomic(path) as temporary:
@@ -292,7 +289,7 @@ class Trainer(Algorithm1):
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name in self._parts():
             getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.history = state["iteration"], state["history"]
+        self.iteration, self.seconds, self.history = state["iteration"], state["seconds"], state["history"]
         self._replayed = None  # the optimisers' tensors are new ones
 
     def _parts(self) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ class Method:
 
         In numbers `05` is .5, `1` is 1 and `m1` is -1; `js` is `beta_0_0`. ValueError for what is no such id.
         """
-        number = "m?[0-9]+"
+        number = "(?!m0_)m?[0-9](?:[0-9]*[1-9])?"  # one way to write each: names are keys
         match = re.fullmatch(rf"l([12])_ae|(js|wgan_gp|beta_({number})_({number}))_l([12])", str(name))
         if not match:
             forms = "l1_ae, l2_ae, js_l1, wgan_gp_l1 or beta_<alpha>_<beta>_l1 such as beta_05_m1_l1 (.5, -1)"
@@ -158,7 +158,10 @@ class Method:
             return cls("none", int(alone))
         if adversary == "wgan_gp":
             return cls("wgan_gp", int(beside))
-        return cls("beta", int(beside), *(_number(power or "0") for power in powers))
+        try:
+            return cls("beta", int(beside), *(_number(power or "0") for power in powers))
+        except ValueError as error:
+            raise ValueError(f"method {name!r}: {error}") from error
 
     def real(self, logits: Tensor) -> Tensor:
         """Elementwise score of references, which D maximises."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,7 +140,7 @@ def run(
         _write_lines(state / "metrics.jsonl", history)
         if not quiet and time.monotonic() - printed > PRINT_EVERY:
             printed = time.monotonic()
-            print(f"{_progress(task, history[-1])}, {trainer.speed.get('images_per_s', 0):.0f} images/s", flush=True)
+            print(f"{_progress(task, history[-1], scores)}, {trainer.speed()['images_per_s']:.0f} images/s", flush=True)
 
     trainer, failure = Trainer(Method.parse(task.method), settings, pairs, task.seed, chosen), ""
     try:
@@ -163,7 +164,7 @@ def run(
         _write_lines(final / "metrics.jsonl", trainer.history)
         models.save(final / "generator.safetensors", trainer.generator, card)
         with (scratch / "speed.jsonl").open("a") as file:
-            file.write(json.dumps({"run": final.as_posix()} | trainer.speed) + "\n")
+            file.write(json.dumps({"run": final.as_posix()} | trainer.speed()) + "\n")
 
     parallel.from_first(write)
     return last
@@ -178,9 +179,16 @@ def configuration_of(
 ) -> dict[str, Any]:
     """All that a run's result depends on, as its card holds it: the data and the code by their digests."""
     modules = sorted({__name__, *(score.__module__ for score in scores.values())})
-    source = closure("\n".join(f"import {name}" for name in modules))
-    code = {"torch": torch.__version__, "device": device.type, "source": hashlib.sha256(source.encode()).hexdigest()}
+    named = {name: score.__qualname__ for name, score in scores.items()}
+    source = _digest(f"import {', '.join(modules)}\n{named}")
+    code = {"torch": torch.__version__, "device": device.type, "source": source}
     return {"run": asdict(task), "settings": settings.model_dump(), "data": dataset.card, "code": code}
+
+
+@cache
+def _digest(source: str) -> str:
+    """Of the closure of some code, taken once: as it was when this process began to train."""
+    return hashlib.sha256(closure(source).encode()).hexdigest()
 
 
 def finished(task: Run, settings: Settings, data: Path, out: Path, scores: Scores) -> bool:
@@ -203,8 +211,12 @@ def _worker(threads: int, scores: Scores, *arguments: Any) -> dict[str, Any]:
     return run(*arguments, scores=scores, quiet=True)
 
 
-def _progress(task: Run, line: dict[str, Any]) -> str:
-    return f"{task.folder}: {line['progress']:.0%}, PSNR {line['psnr']:.2f} dB"
+def _progress(task: Run, line: dict[str, Any], scores: Iterable[str]) -> str:
+    return f"{task.folder}: {line['progress']:.0%}, {_said(line, scores)}"
+
+
+def _said(values: Mapping[str, float], scores: Iterable[str]) -> str:
+    return ", ".join(f"{name} {values[name]:.4g}" for name in scores)
 
 
 def run_grid(
@@ -244,29 +256,28 @@ def run_grid(
         changed = {task: varied(settings, variants.get(task.variant, {})) for task in given}
     except ValueError as error:
         raise ValueError(f"variants: {error}") from error
-    tasks = [task for task in given if not finished(task, changed[task], Path(data), Path(out), scores)]
-    alone = chosen.type != "cpu" or parallel.size() > 1
+    data, out, scratch = Path(data), Path(out), Path(scratch)
+    tasks = parallel.from_first(
+        lambda: [task for task in given if not finished(task, changed[task], data, out, scores)]
+    )
+    alone = chosen.type != "cpu" or parallel.size() > 1 or not tasks
     workers = 1 if alone else min(len(tasks), workers or cores())
     if parallel.rank() == 0:
         together = f"{workers} at a time" if parallel.size() == 1 else f"by {parallel.size()} processes together"
         before = f", {len(given) - len(tasks)} finished before" if len(given) > len(tasks) else ""
         print(f"{len(tasks)} runs{before} on {_name(chosen)}, {together}; torch {torch.__version__}", flush=True)
-    if not tasks:
-        return
-    states = {
-        task: state_of(Path(scratch), configuration_of(task, changed[task], Dataset(Path(data)), chosen, scores))
-        for task in tasks
-    }
-    arguments = [(task, changed[task], Path(data), Path(out), Path(scratch), str(chosen)) for task in tasks]
+    configurations = {task: configuration_of(task, changed[task], Dataset(data), chosen, scores) for task in given}
+    states = {task: state_of(scratch, configuration) for task, configuration in configurations.items()}
+    arguments = [(task, changed[task], data, out, scratch, str(chosen)) for task in tasks]
     started = time.perf_counter()
     if alone:
         _report(((a[0], run(*a, scores=scores)) for a in arguments), len(tasks), started)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            threads = max(1, cores() // len(tasks))
+            threads = max(1, cores() // len(given))  # of all: sums, and so results, depend on it
             futures = {pool.submit(_worker, threads, scores, *a): a[0] for a in arguments}
             try:
-                _report(_finished(futures, states), len(tasks), started)
+                _report(_finished(futures, states, scores), len(tasks), started)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -275,7 +286,9 @@ def run_grid(
             shutil.rmtree(state, ignore_errors=True)
 
 
-def _finished(futures: dict[Future, Run], states: dict[Run, Path]) -> Iterator[tuple[Run, dict[str, float]]]:
+def _finished(
+    futures: dict[Future, Run], states: dict[Run, Path], scores: Scores
+) -> Iterator[tuple[Run, dict[str, float]]]:
     """Runs as they end; while none does, a line every 10 s on those under way, from their metrics on disk."""
     pending = set(futures)
     while pending:
@@ -284,18 +297,15 @@ def _finished(futures: dict[Future, Run], states: dict[Run, Path]) -> Iterator[t
         if not done:
             lines = {task: states[task] / "metrics.jsonl" for task in map(futures.get, pending)}
             begun = {task: path.read_text().splitlines()[-1] for task, path in lines.items() if path.is_file()}
-            print(*(f"  {_progress(task, json.loads(line))}" for task, line in begun.items()), sep="\n", flush=True)
+            lines = [f"  {_progress(task, json.loads(line), scores)}" for task, line in begun.items()]
+            print(*lines, sep="\n", flush=True)
 
 
 def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, started: float) -> None:
     for i, (task, values) in enumerate(finished, 1):
         seconds = time.perf_counter() - started
-        if parallel.rank():
-            continue
-        print(
-            f"[{i}/{total}, {seconds:5.0f} s] {task.folder}: PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}",
-            flush=True,
-        )
+        if parallel.rank() == 0:
+            print(f"[{i}/{total}, {seconds:5.0f} s] {task.folder}: {_said(values, values)}", flush=True)
 
 
 def _name(device: torch.device) -> str:

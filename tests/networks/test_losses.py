@@ -127,10 +127,16 @@ def test_an_id_is_its_method(name, method):
     assert losses.Method.parse(name) == method
 
 
-@pytest.mark.parametrize("name", ["unet", "beta_05_l1", "l3_ae", "js_l1_", "beta_2_0_l1"])
+@pytest.mark.parametrize("name", ["unet", "beta_05_l1", "l3_ae", "js_l1_", "beta_050_1_l1", "beta_0_m0_l1"])
 def test_what_is_no_id_is_named(name):
-    with pytest.raises(ValueError, match="expected an id such as l1_ae.* got '|alpha: expected a finite number"):
+    """One number written in two ways as well: ids are names of folders."""
+    with pytest.raises(ValueError, match=f"expected an id such as l1_ae.* got '{name}'"):
         losses.Method.parse(name)
+
+
+def test_an_id_outside_the_family_is_named():
+    with pytest.raises(ValueError, match="method 'beta_2_0_l1': alpha: expected a finite number >= -1 and <= 1, got 2"):
+        losses.Method.parse("beta_2_0_l1")
 
 
 @pytest.mark.parametrize("name", ["js_l1", "beta_1_1_l2", "wgan_gp_l1"])

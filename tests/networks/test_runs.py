@@ -1,5 +1,6 @@
 """Runs and grids: exact resume, cards that say what was trained, results that do not depend on the workers."""
 
+import itertools
 import json
 import math
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,9 +95,15 @@ def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, 
     add(varied(SMALL, {"lam": 1.0}))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 5.0}))
     add(SMALL)
+    scores = {"mse": SCORES["psnr"]}
+    folders |= {
+        runs.state_of(tmp_path, runs.configuration_of(task, SMALL, dataset, CPU, given)) for given in (scores, {})
+    }
     monkeypatch.setattr(runs, "closure", lambda source: "other code")
+    runs._digest.cache_clear()
     add(SMALL)
-    assert len(folders) == 4
+    runs._digest.cache_clear()
+    assert len(folders) == 6
 
 
 def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(data, tmp_path):
@@ -120,16 +128,31 @@ def test_what_a_run_leaves_is_the_same_whatever_its_speed(data, tmp_path, monkey
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_a_grid_leaves_finished_runs_as_they_are(data, tmp_path, capsys):
-    tasks = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)]
+def test_a_grid_leaves_finished_runs_as_they_are(data, tmp_path, capsys, monkeypatch):
+    """The others get the threads, and so the bits, that they have in a grid of which nothing is finished."""
+    monkeypatch.setattr(runs, "cores", lambda: 2)
+    tasks, settings = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)], varied(SMALL, {"width": 16})
     folders = data, tmp_path / "o", tmp_path / "s", "cpu"
-    runs.run(tasks[0], SMALL, *folders, scores=SCORES)
+    runs.run(tasks[0], settings, *folders, scores=SCORES)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("generator.*")}
-    runs.run_grid(tasks, SMALL, *folders, scores=SCORES)
+    runs.run_grid(tasks, settings, *folders, scores=SCORES)
     assert "1 runs, 1 finished before" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    runs.run_grid(tasks, SMALL, *folders, scores=SCORES)
+    assert not list((tmp_path / "s").glob("*/"))
+    runs.run_grid(tasks, settings, *folders, scores=SCORES)
     assert "0 runs, 2 finished before" in capsys.readouterr().out
+    runs.run_grid(tasks, settings, data, tmp_path / "whole", tmp_path / "s", "cpu", scores=SCORES)
+    for task in tasks:
+        assert_same_weights(weights(tmp_path / "o" / task.folder), weights(tmp_path / "whole" / task.folder))
+
+
+def test_scores_are_what_they_are_called(data, tmp_path, capsys):
+    task = Run("l1_ae", "awgn-0.5-none", 0)
+    runs.run_grid([task], SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", scores={"error": SCORES["mse"]})
+    card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
+    assert (
+        set(card["validation"]) == {"error"} and f"error {card['validation']['error']:.4g}" in capsys.readouterr().out
+    )
 
 
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
@@ -256,7 +279,10 @@ def test_a_variant_that_is_none_is_refused_before_anything_is_trained(variants, 
     assert not (tmp_path / "o").exists()
 
 
-def test_a_run_whose_time_is_up_goes_on_at_the_next_call(data, tmp_path):
+def test_a_run_whose_time_is_up_goes_on_at_the_next_call(data, tmp_path, monkeypatch):
+    """Its speed is that of all calls together: two epochs of 18 pairs in four times a second."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__, monotonic=time.monotonic)
+    monkeypatch.setattr(engine, "time", clock)
     task, folders = Run("js_l1", "awgn-0.5-none", 0), (data, tmp_path / "o", tmp_path / "s", "cpu")
     calls = 1
     while runs.run(task, SMALL, *folders, scores=SCORES, until=0.0) is None:
@@ -264,3 +290,4 @@ def test_a_run_whose_time_is_up_goes_on_at_the_next_call(data, tmp_path):
         calls += 1
     lines = [json.loads(line) for line in (tmp_path / "o" / task.folder / "metrics.jsonl").open()]
     assert calls == 4 and [line["iteration"] for line in lines] == [3, 6, 9, 10]
+    assert [json.loads(line)["images_per_s"] for line in (tmp_path / "s" / "speed.jsonl").open()] == [9.0]
