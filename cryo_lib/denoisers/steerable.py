@@ -88,6 +88,7 @@ class Basis:
     Attributes
     ----------
     frequencies : `(d,)`, k of each coefficient, ascending. blocks : for each k, which coefficients are its.
+    on_rings : for each k, the matrix that takes its coefficients to the rings.
     """
 
     def __init__(self, images: Any, tolerance: float = 1e-4, device: torch.device | str = "cpu") -> None:
@@ -106,7 +107,7 @@ class Basis:
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes)][: len(kept)]
         self.frequencies = torch.from_numpy(np.repeat(np.arange(len(kept)), sizes[: len(kept)])).to(self.device)
         self._vectors = [np.ascontiguousarray(vector, np.complex64) for vector in kept]
-        self._rings_of = [torch.from_numpy(vector.T.copy()).to(self.device) for vector in self._vectors]
+        self.on_rings = [torch.from_numpy(vector.T.copy()).to(self.device) for vector in self._vectors]
 
     def _products(self, images: np.ndarray) -> np.ndarray:
         """The sum over images of the products of their coefficients, `(k, ring, ring)`."""
@@ -135,7 +136,7 @@ class Basis:
     def power(self, coefficients: Tensor) -> Tensor:
         """The energy in each ring, `(m, rings)` float32, of images with coefficients `(m, d)`."""
         power = torch.zeros(len(coefficients), len(self.rings.radius), device=self.device)
-        for block, vectors in zip(self.blocks, self._rings_of):
+        for block, vectors in zip(self.blocks, self.on_rings):
             power += (coefficients[:, block] @ vectors).abs().square()
         return power
 
