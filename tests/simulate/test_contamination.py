@@ -211,7 +211,7 @@ def test_correlations_are_pearsons(world):
 
 
 def test_a_screen_of_good_pairs_leaves_some_out_as_rarely_as_its_rate_says(world):
-    """Where no pair is bad, Benjamini and Hochberg's rate is that of leaving any out: 0.1 of 40 draws, rarely above 10."""
+    """Where no pair is bad, the rate is that of leaving any out: 0.1 of 40 draws, rarely above 10."""
     x, noisy = world
     assert sum(not screen(x, y, 0.1).all() for y in noisy) <= 10
 
