@@ -247,7 +247,7 @@ class PosteriorSum:
         best = torch.full(shape, -math.inf, device=y.device)
         if isinstance(pairs, Tensor) and not len(pairs):
             return best
-        likelihoods = self._of_angles(products.flatten(1)[:, pairs])
+        likelihoods = self._of_angles(products.flatten(1).T[pairs])
         best.view(-1)[pairs] = likelihoods.amax(1)
         largest = torch.maximum(self.largest[rows], best.amax(1))
         self._remember(rows, best, likelihoods, pairs)
@@ -265,15 +265,17 @@ class PosteriorSum:
 
     def _possible(self, rows: slice, products: Tensor) -> Tensor | slice:
         """Which pairs, numbered, may be likely: the sum of |products| bounds the likelihood at every angle."""
-        bound = 2 * products[1:].abs().sum(0) + products[0].real
-        least = torch.minimum(self.largest[rows] - NEGLIGIBLE, self.likelihoods[rows, -1])
-        (pairs,) = torch.nonzero((bound > least[:, None]).view(-1), as_tuple=True)
-        return pairs if 2 * len(pairs) < bound.numel() else slice(None)
+        least = torch.minimum(self.largest[rows] - NEGLIGIBLE, self.likelihoods[rows, -1])[:, None]
+        for some in (slice(1), slice(None)):  # one row tells whether the bound is worth its cost
+            possible = 2 * products[1:, some].abs().sum(0) + products[0, some].real > least[some]
+            if 2 * int(possible.sum()) > possible.numel():
+                return slice(None)
+        return torch.nonzero(possible.view(-1), as_tuple=True)[0]
 
     def _of_angles(self, products: Tensor) -> Tensor:
-        """Likelihoods `(pairs, angles)` of products `(k, pairs)`."""
-        padded = self._padded[: products.shape[1]]  # 0 beyond the last k
-        padded[:, : len(products)] = products.T
+        """Likelihoods `(pairs, angles)` of products `(pairs, k)`."""
+        padded = self._padded[: len(products)]  # 0 beyond the last k
+        padded[:, : products.shape[1]] = products
         return torch.fft.irfft(padded, n=self.angles, norm="forward")
 
     def _weights(
