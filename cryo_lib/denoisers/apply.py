@@ -26,6 +26,7 @@ def denoise_stack(
     particles: ParticleStack | str | Path,
     out: str | Path,
     *,
+    columns: Mapping[str, Any] | None = None,
     batch_size: int = 100,
     precision: str = "float32",
     progress: bool = False,
@@ -42,6 +43,7 @@ def denoise_stack(
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
         the image reference changes.
+    columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -94,7 +96,7 @@ def denoise_stack(
     if parallel.rank():
         for _ in denoised():
             pass
-    return parallel.from_first(lambda: write(out, denoised(), like=stack))
+    return parallel.from_first(lambda: write(out, denoised(), stack, columns=columns))
 
 
 def fit(

@@ -14,7 +14,8 @@ from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
 KEYS = {*"scale structure data baselines posterior screening studies supplement_studies particle_studies kinds".split()}
-KEYS |= {"study", "train", "export", "reconstruct", "relion", "assign", "particles", "pairs", "denoise", "weights"}
+KEYS |= {"study", "train", "export", "reconstruct", "relion", "assign", "particles", "pairs", "denoise"}
+KEYS |= {"junk", "weights"}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 
@@ -73,7 +74,7 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:
-            used = "export, assign, denoise and weights use runs that no study makes"
+            used = "export, assign, denoise, junk and weights use runs that no study makes"
             raise ValueError(f"{used}: {', '.join(missing)}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
@@ -92,7 +93,7 @@ def _check_study(name: str, study: dict[str, Any], params: dict[str, Any]) -> No
 
 
 def _used(params: dict[str, Any]) -> Iterator[str]:
-    """The runs, `study/method/experiment/seed`, that `export`, `assign`, `denoise` and `weights` ask for."""
+    """The runs, `study/method/experiment/seed`, that `export`, `assign`, `denoise`, `junk` and `weights` ask for."""
     export, assign = params["export"], params["assign"]
     halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
     for name in (*export["stack_runs"], *halves):
@@ -103,6 +104,9 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
     for checkpoints in params["denoise"].values():
         for path in filter(None, checkpoints.values()):
             yield str(Path(path).parent.relative_to(f"runs/{params['scale']}"))
+    junk = params["junk"]
+    for method in junk["junk_methods"]:
+        yield f"table1/{method}/{junk['junk_experiments'][0]}/seed{junk['training_seed']}"
     weights = params["weights"]
     for seed in params["study"].get(weights["weights_study"], {}).get("seeds") or [0]:
         yield f"{weights['weights_study']}/{weights['weights_method']}/{weights['weights_experiment']}/seed{seed}"

@@ -83,7 +83,7 @@ def fetch(
     fields = [f"{n:0{len(digits)}d}@{name}" for n, digits, name in zip(local, rows["digits"], rows["name"])]
     with atomic(star) as temporary:
         block = published.find("rlnImageName")
-        temporary.write_bytes(b"".join(published.replaced(block, "rlnImageName", fields, chosen)))
+        temporary.write_bytes(b"".join(published.replaced(block, {"rlnImageName": fields}, chosen)))
         ParticleStack.open(temporary, project=out)
     return star, volume
 

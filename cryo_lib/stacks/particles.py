@@ -327,28 +327,42 @@ def _pixel_size(path: Path, table: pd.DataFrame, optics: pd.DataFrame | None, fi
     return float(values[0]) if len(values) else None
 
 
-def write(path: str | Path, images: Any, like: ParticleStack, *, project: str | Path | None = None) -> Path:
+def write(
+    path: str | Path,
+    images: Any,
+    like: ParticleStack,
+    *,
+    columns: Mapping[str, Any] | None = None,
+    project: str | Path | None = None,
+) -> Path:
     """Write `images` in place of those of `like`: a `.star` and the `.mrcs` beside it, or the `.mrcs` alone.
 
-    The star keeps every row, order and column of `like` to the letter, but for the image references; from a .cs file it
-    has poses, CTF and half-sets under RELION's labels. Files appear whole or not at all.
+    The star keeps every row, order and column of `like` to the letter, but for the image references and `columns`; from
+    a .cs file it has poses, CTF and half-sets under RELION's labels. Files appear whole or not at all.
 
     Parameters
     ----------
     path : ends in .star or .mrcs.
     images : `(n, h, w)`, or an iterable of batches `(m, h, w)`, written as they come: constant memory.
     like : the stack whose rows, box and pixel size these images have.
+    columns : numbers, `(n,)` of each label: more columns, or in place of those that are there.
     project : the folder that RELION will be run in; None is the star's own folder.
 
     Raises
     ------
-    ValueError : another number or size of images, NaN, a name that would replace an input, no table to make a star of.
+    ValueError : another number or size of images, NaN, a name that would replace an input, no table to make a star of;
+        columns of another length, or for a .mrcs alone.
     OSError : the disk is full or not writable.
     """
     star, stack, references = _targets(path, len(like), project)
     inputs = {os.path.realpath(name) for name in (like.path, *(file.path for file in like.images.files))}
     if inputs & {os.path.realpath(stack), os.path.realpath(star)}:
         raise ValueError(f"{path}: expected a new name, got one that would replace an input; choose another")
+    columns = {label: np.asarray(values, np.float64) for label, values in (columns or {}).items()}
+    for label, values in columns.items():
+        if Path(path) == stack or values.shape != (len(like),):
+            problem = f"expected a .star and {len(like)} numbers for it, one a row, got shape {values.shape}"
+            raise ValueError(f"{path}: {label}: {problem}")
     if Path(path) == stack:
         with atomic(stack) as part:
             write_stack(part, images, like.images.shape, like.pixel_size)
@@ -359,11 +373,12 @@ def write(path: str | Path, images: Any, like: ParticleStack, *, project: str | 
         write_stack(part, images, like.images.shape, like.pixel_size)
         with open(star_part, "wb") as file:
             if like._star is None:
-                table = like.table.assign(rlnImageName=list(references))
+                table = like.table.assign(rlnImageName=list(references), **columns)
                 file.write(star_text({"optics": like.optics, "particles": table}))
             else:
                 name = like._star.find("rlnImageName")
-                file.writelines(like._star.replaced(name, "rlnImageName", references))
+                fields = {label: map("{:.6f}".format, values) for label, values in columns.items()}
+                file.writelines(like._star.replaced(name, {"rlnImageName": references} | fields))
     return star
 
 

@@ -18,7 +18,7 @@ import codecs
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,21 +116,28 @@ class Star:
         return table
 
     def replaced(
-        self, name: str, label: str, fields: Iterable[str], kept: Iterable[bool] | None = None
+        self, name: str, columns: Mapping[str, Iterable[str]], kept: Iterable[bool] | None = None
     ) -> Iterator[bytes]:
-        """Give the file's text, piece by piece, with the fields of one column replaced, no blank lines in the rows.
+        """Give the file's text, piece by piece, with the fields of some columns replaced, no blank lines in the rows.
 
         Parameters
         ----------
-        fields : one a row, without blanks.
+        columns : label -> fields, one a row, without blanks. A label that is not there becomes the last column.
         kept : which rows there are to be; None is all.
         """
         labels, start, end, _ = self.blocks[name]
-        column, rows = labels.index(label), self._rows(name)
-        yield self.text[:start]
-        for row, field in zip(rows if kept is None else compress(rows, kept), fields, strict=True):
-            old = next(islice(_FIELD.finditer(row), column, None))
-            yield row[: old.start()] + field.encode() + row[old.end() :].rstrip(b"\n") + b"\n"
+        rows, more = self._rows(name), [label for label in columns if label not in labels]
+        added = "".join(f"\n_{label} #{number}" for number, label in enumerate(more, len(labels) + 1))
+        yield self.text[:start].rstrip() + f"{added}\n".encode() if more else self.text[:start]
+        for row, *fields in zip(rows if kept is None else compress(rows, kept), *columns.values(), strict=True):
+            new, written, at = dict(zip(columns, fields)), b"", 0
+            for label, old in zip(labels, _FIELD.finditer(row)):
+                if label in new:
+                    written += row[at : old.start()] + new[label].encode()
+                    at = old.end()
+            last = old.end()
+            written += row[at:last] + "".join(f" {new[label]}" for label in more).encode() + row[last:]
+            yield written.rstrip(b"\n") + b"\n"
         yield b"\n" + self.text[end:]
 
     def _rows(self, name: str) -> Iterator[bytes]:

@@ -45,6 +45,17 @@ def test_rows_and_columns_are_kept_and_only_the_reference_changes(stack, tmp_pat
     assert after["rlnImageName"].str.contains("d.mrcs").all()
 
 
+def test_numbers_become_columns_of_the_star_and_nothing_else_has_room_for_them(stack, tmp_path):
+    evidence = np.linspace(-3, 3, 7)
+    apply.denoise_stack(network(), stack[0], tmp_path / "d.star", columns={"rlnParticleFigureOfMerit": evidence})
+    before, after = (particles.ParticleStack.open(path).table for path in (stack[0], tmp_path / "d.star"))
+    assert list(after) == [*before, "rlnParticleFigureOfMerit"]
+    np.testing.assert_allclose(after["rlnParticleFigureOfMerit"], evidence, atol=1e-6)
+    for name, values in (("e.star", evidence[1:]), ("e.mrcs", evidence)):
+        with pytest.raises(ValueError, match=f"{name}: new: expected a .star and 7 numbers for it, one a row, got"):
+            apply.denoise_stack(network(), stack[0], tmp_path / name, columns={"new": values})
+
+
 def test_any_function_of_images_is_a_denoiser(stack, tmp_path):
     written = apply.denoise_stack(lambda y: 2 * y, stack[0], tmp_path / "d.star", batch_size=2)
     np.testing.assert_allclose(particles.ParticleStack.open(written).images[:], 2 * stack[1])

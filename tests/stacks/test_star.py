@@ -90,10 +90,21 @@ def test_a_replaced_column_leaves_every_other_byte(tmp_path):
     star = Star(path)
     head, tail = b"# head\n\n" + HEAD.encode() + b" ", b"\ndata_b\n_c 1\n"
     rows = [b"1@x\tm\xe9 1.0 # note\n", b'2@x  "d d"  2 \n']
-    assert b"".join(star.replaced("", "rlnImageName", ["1@x", "2@x"])) == head + b"".join(rows) + tail
-    assert b"".join(star.replaced("", "rlnImageName", ["2@x"], [False, True])) == head + rows[1] + tail
+    assert b"".join(star.replaced("", {"rlnImageName": ["1@x", "2@x"]})) == head + b"".join(rows) + tail
+    assert b"".join(star.replaced("", {"rlnImageName": ["2@x"]}, [False, True])) == head + rows[1] + tail
     with pytest.raises(ValueError):
-        list(star.replaced("", "rlnImageName", ["1@x"]))
+        list(star.replaced("", {"rlnImageName": ["1@x"]}))
+
+
+def test_a_new_column_comes_last_whatever_else_is_replaced(tmp_path):
+    path = tmp_path / "x.star"
+    path.write_bytes(HEAD.encode() + b"\n a 'b c' 1.5 # note\nd e 2\n\ndata_b\n_c 1\n")
+    columns = {"new": ["7", "8"], "rlnDefocusU": ["10", "20"], "rlnImageName": ["1@longer", "2@longer"]}
+    path.write_bytes(b"".join(Star(path).replaced("", columns)))
+    table = Star(path).table("")
+    assert list(table)[-1] == "new" and table["new"].tolist() == [7, 8] and table["rlnDefocusU"].tolist() == [10, 20]
+    assert table["rlnImageName"].tolist() == ["1@longer", "2@longer"] and Star(path).table("b")["c"].tolist() == [1]
+    assert table["rlnMicrographName"].tolist() == ["b c", "e"] and b"7 # note\n" in path.read_bytes()
 
 
 def test_written_tables_are_read_back_by_us_and_by_starfile(tmp_path):

@@ -1,0 +1,138 @@
+"""Which particles of a stack show the molecule of a map: the evidence of each, under projections of the map.
+
+The evidence is the log of the likelihood ratio of "a projection of the map, at any pose" to "noise alone", nats: the
+number that `posterior` gives, on a grid as coarse as a few hundred directions deserve, with each particle's CTF, and
+the noise's level and spectrum estimated where no particle is. The contrast of the map in the images is estimated too.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import scipy.fft
+
+from cryo_lib.denoisers.templates import Templates, directions
+from cryo_lib.simulate import noise, projection
+from cryo_lib.simulate.ctf import ctf
+from cryo_lib.stacks.particles import ParticleStack, contrast_of
+
+LABEL = "rlnParticleFigureOfMerit"  # the evidence in star files: RELION knows, keeps and selects by it, never sets it
+SIZE, DIRECTIONS = 48, 400  # pixels, at most, of the grid; directions over the sphere, all turns of each
+CHUNK, FEW = 400, 96  # images that are read at a time, and that the contrast and the spectrum are estimated from
+GAINS, FINER = np.geomspace(0.05, 51.2, 11), np.geomspace(0.6, 1 / 0.6, 6)  # sd of the noise for one of a template
+PRINT_EVERY = 10  # seconds between lines of progress
+
+
+class Screen:
+    """A map ready to be looked for in the images of a stack.
+
+    Parameters
+    ----------
+    stack : particles with a pixel size. Where it has poses, their shifts centre the images; their angles are not used.
+        Where it has a CTF, templates have it too.
+    volume, voxel_size : the map, `(m, m, m)`, and its A. The middle of the images that it covers is compared.
+    contrast : "bright" or "dark" particles; None takes them for bright where they prove to be.
+    n_directions, seed : of the templates, and of the turn of their grid.
+
+    Raises
+    ------
+    ValueError : no pixel size; a contrast that is dark or cannot be told; see `projection.resample_volume`.
+
+    Attributes
+    ----------
+    n, pixel_size : of the grid that is compared on, A.
+    spectrum : `(n // 2 + 1,)`, the noise's power in rings, 1 being that of white noise of the background's sd.
+    gain : how many sd of the noise one of a template is, templates being projections on [0, 1].
+    """
+
+    def __init__(
+        self,
+        stack: ParticleStack,
+        volume: Any,
+        voxel_size: float,
+        *,
+        contrast: str | None = None,
+        n_directions: int = DIRECTIONS,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        if stack.pixel_size is None:
+            raise ValueError(f"{stack.path}: expected a pixel size, got none; open it with pixel_size=...")
+        self.stack, self.contrast = stack, contrast_of(stack, contrast)
+        box = min(len(volume) * voxel_size, stack.images.shape[1] * stack.pixel_size)
+        self.n = 2 * round(min(SIZE, box / max(voxel_size, stack.pixel_size)) / 2)
+        self.pixel_size = box / self.n
+        volume = projection.resample_volume(volume, voxel_size, self.n, self.pixel_size)
+        self.templates, rotations = Templates([volume], device=device), directions(n_directions, seed)
+        self.coefficients = self.templates.coefficients(0, rotations)
+        views = projection.rescale(projection.project(volume, rotations[:FEW]))
+        self.level = float(noise.background(views)[0].mean())
+        some = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        images = self.images(some)
+        self.spectrum = background_spectrum(images)
+        self.gain = 1.0
+        for gains in (GAINS, FINER):
+            self.gain *= float(max(gains, key=lambda gain: self._likelihood(images, some, self.gain * gain)))
+
+    def images(self, rows: Any) -> np.ndarray:
+        """Images `(m, n, n)` of these rows on the grid, centred, protein bright, background of mean 0 and sd 1."""
+        stack = self.stack
+        y = noise.standardise(stack.images[rows], stack.pixel_size, self.n, self.pixel_size, self.contrast)
+        if stack.poses is None:
+            return y
+        x_shift, y_shift = stack.poses.shifts[rows].T[..., None, None]
+        ky, kx = scipy.fft.fftfreq(self.n, self.pixel_size)[:, None], scipy.fft.rfftfreq(self.n, self.pixel_size)
+        back = np.exp(2j * np.pi * (kx * x_shift + ky * y_shift)).astype(np.complex64)
+        return scipy.fft.irfft2(scipy.fft.rfft2(y) * back, s=y.shape[1:])
+
+    def evidence(self, rows: Any) -> np.ndarray:
+        """Of these rows, `(m,)`, nats: above 0 a projection of the map explains the image better than noise alone."""
+        return self._evidence(self.images(rows), rows, self.gain)
+
+    def _evidence(self, images: np.ndarray, rows: Any, gain: float) -> np.ndarray:
+        given = {"spectrum": self.spectrum}
+        level = self.level
+        if self.stack.ctf is not None:
+            given["transfer"] = ctf(self.stack.ctf.iloc[rows], self.n, self.pixel_size)
+            level = level * given["transfer"][:, :1, :1]
+        total = self.templates.sum(images / np.float32(gain) + level, 1 / gain, **given)
+        total.add(self.coefficients)
+        return total.result().evidence
+
+    def _likelihood(self, images: np.ndarray, rows: Any, gain: float) -> float:
+        """Log likelihood of a gain where every other image is noise alone: such images do not lower the estimate."""
+        return float(np.logaddexp(0, self._evidence(images, rows, gain)).sum())
+
+
+def background_spectrum(images: np.ndarray) -> np.ndarray:
+    """The power of images' noise in rings of Fourier pixels, `(n // 2 + 1,)`, from outside the inscribed circle.
+
+    Their background has mean 0, which says nothing of ring 0: it is taken to be as ring 1.
+    """
+    n = images.shape[-1]
+    radius = np.hypot(*np.ogrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j])
+    outside = (0.5 - 0.5 * np.cos(np.pi * np.clip((radius - 0.95) / 0.1, 0, 1))).astype(np.float32)
+    power = noise.power_spectrum(images * outside, 1.0)[1] / np.square(outside).mean()
+    power[0] = power[1]
+    return power
+
+
+def evidence(
+    stack: ParticleStack, volume: Any, voxel_size: float, *, progress: bool = False, **options: Any
+) -> np.ndarray:
+    """The evidence of every particle of a stack, `(n,)` nats, in chunks: memory does not grow with the stack.
+
+    Arguments, `options` among them, are those of `Screen`.
+
+    progress : print a line every 10 s or so.
+    """
+    screen, found = Screen(stack, volume, voxel_size, **options), []
+    started = printed = time.monotonic()
+    for start in range(0, len(stack), CHUNK):
+        found.append(screen.evidence(np.arange(start, min(start + CHUNK, len(stack)))))
+        if progress and time.monotonic() - printed > PRINT_EVERY:
+            printed, done = time.monotonic(), start + len(found[-1])
+            print(f"{done} of {len(stack)} images, {done / (printed - started):.0f} a second", flush=True)
+    return np.concatenate(found)
