@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,6 +100,37 @@ def shift_grid(shifts: tuple[float, float] | None) -> np.ndarray:
     return grid[np.argsort(distance, kind="stable")][: int((distance <= reach * (1 + 1e-6)).sum())]
 
 
+class _Workers:
+    """As many threads as torch has, each with a scratch of its own and one thread of torch's; on a GPU this thread.
+
+    Products of small matrices gain nothing from torch's threads, and no bit depends on how many of these there are.
+    """
+
+    def __init__(self, scratch: Callable[[], Any], device: torch.device) -> None:
+        self._make, self._own, self._threads = scratch, threading.local(), torch.get_num_threads()
+        several = device.type == "cpu" and self._threads > 1
+        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start, initargs=(True,)) if several else None
+        if not several:
+            self._start(False)
+
+    def _start(self, alone: bool) -> None:
+        self._own.scratch = self._make()
+        if alone:
+            torch.set_num_threads(1)
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool:
+            self._pool.shutdown()
+            torch.set_num_threads(self._threads)
+
+    def map(self, work: Callable[[Any, Any], Any], values: Sequence[Any]) -> list[Any]:
+        """What `work` returns of each value and a scratch."""
+        return list((self._pool.map if self._pool else map)(lambda value: work(value, self._own.scratch), values))
+
+
 class PosteriorSum:
     """The posterior of images, summed over references as they come.
 
@@ -142,13 +177,8 @@ class PosteriorSum:
         self.precision = self._of_rows(self.precision)
         self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
         self._halves = 1 - 0.5 * (basis.frequencies > 0).float()
-        self.everything = (
-            device.type == "cuda"
-        )  # what is negligible is summed as well: leaving it out waits for the GPU
-        few, many = TOGETHER[device.type]
-        pairs, options = min(few, len(self.y)) * many, {"dtype": self.y.dtype, "device": device}
-        self._products = torch.zeros(pairs * len(basis.blocks), **options)
-        self._padded = torch.zeros(pairs, self.angles // 2 + 1, **options)
+        # On a GPU what is negligible is summed as well: to leave it out the host would have to wait.
+        self.everything = device.type == "cuda"
         self._empty()
 
     def _empty(self) -> None:
@@ -216,17 +246,23 @@ class PosteriorSum:
         be among the most likely, since a bound over all angles is below both.
         """
         few, many = TOGETHER[self.basis.device.type]
-        found = []
-        for part in references.split(many):
-            energy = self._of_rows(self._energy(part))
-            rows = [slice(start, start + few) for start in range(0, len(self.y), few)]
-            best = [self._add(each, part, energy[each], label, scores or self.everything) for each in rows]
-            found += [torch.cat(best)] if scores else []
-            self.count += len(part)
+        pairs, found = min(few, len(self.y)) * min(many, len(references)), []
+        rows = [slice(start, start + few) for start in range(0, len(self.y), few)]
+        with _Workers(lambda: self._scratch(pairs), self.y.device) as workers:
+            for part in references.split(many):
+                work = partial(self._add, part, self._of_rows(self._energy(part)), label, scores or self.everything)
+                best = workers.map(work, rows)
+                found += [torch.cat(best)] if scores else []
+                self.count += len(part)
         if not scores:
             return None
         best = torch.cat(found, 1)
         return best if len(self.shifts) == 1 else best.unflatten(0, (-1, len(self.shifts))).amax(1)
+
+    def _scratch(self, pairs: int) -> tuple[Tensor, Tensor]:
+        """Room for the products of some pairs, and for the same with 0 beyond the last k."""
+        room = self.y.new_zeros(pairs * len(self.basis.blocks))
+        return room, self.y.new_zeros(pairs, self.angles // 2 + 1)
 
     def _energy(self, part: Tensor) -> Tensor:
         """|C R x|^2 of each image and reference, `(n, m)`; the same for all angles and shifts."""
@@ -234,20 +270,22 @@ class PosteriorSum:
             return part.abs().square().sum(1).expand(self.n, -1)
         return self.rings @ self.basis.power(part).T
 
-    def _add(self, rows: slice, part: Tensor, energy: Tensor, label: int, every: bool) -> Tensor:
+    def _add(
+        self, part: Tensor, energy: Tensor, label: int, every: bool, rows: slice, scratch: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """Take up references for some rows; the likelihood of each pair `(rows, m)`, -inf where it cannot matter."""
         blocks, precision = self.basis.blocks, self.precision[rows, None]
         y, conjugate = self.y[rows] * (precision * self._halves), part.conj().T
         shape = len(y), len(part)
-        products = self._products[: math.prod(shape) * len(blocks)].view(len(blocks), *shape)
+        products = scratch[0][: math.prod(shape) * len(blocks)].view(len(blocks), *shape)
         for k, block in enumerate(blocks):
             torch.mm(y[:, block], conjugate[block], out=products[k])
-        products[0] -= 0.5 * precision * energy
+        products[0] -= 0.5 * precision * energy[rows]
         pairs = slice(None) if every else self._possible(rows, products)
         best = torch.full(shape, -math.inf, device=y.device)
         if isinstance(pairs, Tensor) and not len(pairs):
             return best
-        likelihoods = self._of_angles(products.flatten(1).T[pairs])
+        likelihoods = self._of_angles(products.flatten(1).T[pairs], scratch[1])
         best.view(-1)[pairs] = likelihoods.amax(1)
         largest = torch.maximum(self.largest[rows], best.amax(1))
         self._remember(rows, best, likelihoods, pairs)
@@ -272,9 +310,9 @@ class PosteriorSum:
                 return slice(None)
         return torch.nonzero(possible.view(-1), as_tuple=True)[0]
 
-    def _of_angles(self, products: Tensor) -> Tensor:
+    def _of_angles(self, products: Tensor, scratch: Tensor) -> Tensor:
         """Likelihoods `(pairs, angles)` of products `(pairs, k)`."""
-        padded = self._padded[: len(products)]  # 0 beyond the last k
+        padded = scratch[: len(products)]
         padded[:, : products.shape[1]] = products
         return torch.fft.irfft(padded, n=self.angles, norm="forward")
 

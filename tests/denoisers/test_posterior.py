@@ -155,13 +155,39 @@ def test_what_is_left_out_matters_to_nothing(world, sigma):
         torch.testing.assert_close(total.likelihoods, sums[0].likelihoods, rtol=1e-4, atol=1e-3)
 
 
+def test_no_bit_depends_on_how_many_threads_there_are(world):
+    kept, y, found = References(world[2], 1e-6, "cpu"), noisy(world[3], 0.4), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(kept.posterior(y, 0.4).x_hat)
+        assert torch.get_num_threads() == threads
+    for each in found[1:]:
+        np.testing.assert_array_equal(each, found[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_on_a_gpu_the_sum_is_that_of_the_cpu_and_waits_for_nothing(world):
+    references, y = world[2], noisy(world[3], 0.4)
+    kept = References(references, 1e-6, "cuda")
+    total = PosteriorSum(kept.basis, y, 0.4)
+    total.add(kept.coefficients[:60], scores=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        total.add(kept.coefficients[60:], scores=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = References(references, 1e-6, "cpu").posterior(y, 0.4)
+    np.testing.assert_allclose(total.result().x_hat, expected.x_hat, atol=1e-3)
+    np.testing.assert_allclose(total.result().evidence, expected.evidence, rtol=1e-3, atol=0.01)
+
+
 @pytest.mark.parametrize(("sigma", "least", "most"), [(0.05, 0.1, 0.7), (3.0, 1, 1)])
 def test_few_pairs_are_transformed_where_there_is_little_noise(world, sigma, least, most):
     volumes, _, _, x, *_ = world
     kept = References(rescale(project(volumes[0], random_rotations(600, 5))), 1e-6, "cpu")
     total, count = PosteriorSum(kept.basis, noisy(x, sigma), sigma), []
     whole = total._of_angles
-    total._of_angles = lambda products: (count.append(len(products)), whole(products))[1]
+    total._of_angles = lambda products, room: (count.append(len(products)), whole(products, room))[1]
     for part in kept.coefficients.split(100):
         total.add(part, scores=False)
     assert least <= sum(count) / (600 * 40) <= most
