@@ -1,12 +1,16 @@
 """Classical denoisers of Table 1, by the libraries that own them, each told the true noise level.
 
-| method | library | settings, the same for every image size |
+| method | library | settings, by one rule for every image size |
 |---|---|---|
-| gaussian | scipy.fft | periodic low-pass exp(-2 (pi width f)^2), the width of least mean MSE on training pairs |
-| bm3d | bm3d (non-commercial licence) | default profile, nf = 16: within 0.1 dB of 32, or better, 2-3 times faster |
-| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
-| nlm | scikit-image | fast mode, patch 7 px, distance 11 px, h = 0.8 sigma, sigma known |
-| cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of the noisy stack |
+| gaussian | scipy.fft | periodic low-pass exp(-2 (pi width f)^2); width tuned |
+| bm3d | bm3d (non-commercial licence) | nf = 16 (within 0.1 dB of 32, or better); profile, factor on sigma tuned |
+| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 20,000 noisy patches in 10 AK-SVD sweeps |
+| nlm | scikit-image | fast mode, patch 7 px, sigma known; distance in px and h in units of sigma tuned |
+| cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of noisy images |
+
+Tuned settings are those of least mean MSE on training pairs: `WIDTHS` on all of them, `SETTINGS` on the first
+`TUNING_PAIRS`. K-SVD and CWF learn from all noisy images there are, training's and test's, of training's the first
+`LEARNING_IMAGES`.
 """
 
 from __future__ import annotations
@@ -31,15 +35,22 @@ from cryo_lib import checks
 METHODS: tuple[str, ...] = ("gaussian", "bm3d", "ksvd", "nlm", "cwf")
 NEEDS = {  # least image side in px (a patch, or the basis, has to fit), module, its name on PyPI
     "gaussian": (1, "scipy", "scipy"),
-    "bm3d": (9, "bm3d", "bm3d"),  # its blocks are 8 px, but it aborts the process on images of 8 x 8
+    "bm3d": (12, "bm3d", "bm3d"),  # its blocks are 8 or 11 px, but it aborts the process on images of 11 x 11
     "ksvd": (16, "dictlearn", "dictlearn"),
     "nlm": (7, "skimage", "scikit-image"),
     "cwf": (8, "aspire", "aspire"),
 }
 WIDTHS = np.geomspace(0.25, 64.0, 161)  # px, standard deviations tried by "gaussian"
-PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 5000  # K-SVD
+TUNING_PAIRS = 24  # training pairs, from the first on, that choose among SETTINGS
+SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the first is that of a caller without pairs
+    "bm3d": [{"profile": profile, "factor": factor} for profile in ("np", "vn") for factor in (1.0, 1.15, 1.3)],
+    "nlm": [{"distance": distance, "h": h} for distance in (11, 3, 5, 7, 9, 15) for h in (0.8, 0.5, 1.2, 2.0)],
+}
+LEARNING_IMAGES = 10_000  # noisy images of training, from the first on, that "ksvd" and "cwf" learn from beside y
+PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 20_000  # K-SVD
 RESIDUAL = chdtri(PATCH**2, 0.25)  # squared norm that unit noise on a patch stays below three times in four
 CHUNK = 8  # images a worker takes at a time
+Denoiser = Callable[..., np.ndarray]  # of one image, its noise level, and settings
 
 
 def denoise(
@@ -56,11 +67,13 @@ def denoise(
 
     Parameters
     ----------
-    method : one of `METHODS`. "bm3d" and "nlm" see one image at a time; "ksvd" and "cwf" learn from the noisy stack
-        (hundreds of images, for a good covariance); "gaussian" takes its width from `x_train`, `y_train`.
+    method : one of `METHODS`. "gaussian", "bm3d" and "nlm" see one image at a time; "ksvd" and "cwf" learn from `y`
+        and `y_train` together (thousands of images, for a good covariance).
     y : noisy images `(n, h, w)`, any scale; square for "cwf".
     sigma : `(n,)` noise standard deviation of each image, before any clipping, in units of `y`; unused by "gaussian".
-    x_train, y_train : clean and noisy pairs `(m, h, w)`, needed by "gaussian" and used by no other method.
+    x_train, y_train : clean and noisy pairs `(m, h, w)`, which choose the settings and give the noise level of
+        `y_train`. Without them "ksvd" and "cwf" learn from `y` alone, "bm3d" and "nlm" take the first of their
+        `SETTINGS`, and "gaussian" cannot do.
     n_jobs : processes of one thread for "bm3d", "ksvd" and "nlm"; all cores by default. It does not change the result.
     seed : picks the patches that "ksvd" learns from.
 
@@ -71,7 +84,7 @@ def denoise(
     Raises
     ------
     TypeError, ValueError : unknown method; images empty, not finite or too small; sigma of wrong shape, <= 0 or not
-        finite; training pairs missing or of another size.
+        finite; training pairs missing, not finite, of another size or without noise.
     ModuleNotFoundError : the method's library is not installed.
 
     Notes
@@ -95,30 +108,37 @@ def denoise(
 
     if method == "gaussian":
         return _low_pass(y, best_width(x_train, y_train, y.shape[1:]))
+    if x_train is None and y_train is None:
+        x_train = y_train = y[:0]
+    else:
+        x_train, y_train = (z[:LEARNING_IMAGES] for z in _training_pairs(x_train, y_train, y.shape[1:]))
+    sigma_train = _noise_levels((y_train - x_train).std(axis=(1, 2)), len(y_train), "y_train - x_train")
     if method == "cwf":
-        return _cwf(y, sigma)
+        return _cwf(np.concatenate([y, y_train]), np.concatenate([sigma, sigma_train]), len(y))
     with threadpool_limits(1):
         if method == "ksvd":
-            one = partial(_ksvd, dictionary=_learn_dictionary(y, sigma, seed))
+            noisy, levels = np.concatenate([y, y_train]), np.concatenate([sigma, sigma_train])
+            one = partial(_ksvd, dictionary=_learn_dictionary(noisy, levels, seed))
         else:
             one = {"bm3d": _bm3d, "nlm": _nlm}[method]
-        chunks = Parallel(n_jobs)(delayed(_each)(one, y[part], sigma[part]) for part in _parts(len(y), CHUNK))
-    return np.concatenate(chunks)
+            tuning = (z[:TUNING_PAIRS] for z in (x_train, y_train, sigma_train))
+            one = partial(one, **best_setting(one, SETTINGS[method], *tuning, n_jobs))
+        return _apply([one], y, sigma, n_jobs)[0]
 
 
-def _noise_levels(sigma: Any, n: int) -> np.ndarray:
+def _noise_levels(sigma: Any, n: int, name: str = "sigma") -> np.ndarray:
     sigma = np.asarray(sigma, dtype=np.float64)
     if sigma.shape != (n,):
         raise ValueError(
-            f"sigma: expected one noise standard deviation an image, shape ({n},), got {sigma.shape}; "
+            f"{name}: expected one noise standard deviation an image, shape ({n},), got {sigma.shape}; "
             "for one level throughout use np.full(len(y), sigma)"
         )
     good = np.isfinite(sigma) & (sigma > 0)
     if not good.all():
         first = int(np.argmin(good))
         raise ValueError(
-            f"sigma: expected finite values > 0, got {int((~good).sum())} others, the first is {sigma[first]} at image "
-            f"{first}; give the true noise level of every image"
+            f"{name}: expected finite values > 0, got {int((~good).sum())} others, the first is {sigma[first]} at "
+            f"image {first}; give the true noise level of every image"
         )
     return sigma
 
@@ -127,10 +147,26 @@ def _parts(n: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
-def _each(one: Callable[[np.ndarray, float], np.ndarray], y: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def _each(one: Denoiser, y: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Apply `one` to each image of a chunk with one thread, in whichever process this runs."""
     with threadpool_limits(1):
         return np.stack([one(image, float(level)) for image, level in zip(y, sigma)]).astype(np.float32)
+
+
+def _apply(ones: list[Denoiser], y: np.ndarray, sigma: np.ndarray, n_jobs: int) -> np.ndarray:
+    """Apply each denoiser to every image, `(len(ones), n, h, w)`."""
+    tasks = [delayed(_each)(one, y[part], sigma[part]) for one in ones for part in _parts(len(y), CHUNK)]
+    return np.concatenate(Parallel(n_jobs)(tasks)).reshape(len(ones), *y.shape)
+
+
+def best_setting(
+    one: Denoiser, settings: list[dict[str, Any]], x: np.ndarray, y: np.ndarray, sigma: np.ndarray, n_jobs: int
+) -> dict[str, Any]:
+    """Return the setting with which `one` has the least mean MSE on pairs `(m, h, w)`; without pairs, the first."""
+    if len(x) == 0:
+        return settings[0]
+    errors = [np.square(x_hat - x).mean() for x_hat in _apply([partial(one, **s) for s in settings], y, sigma, n_jobs)]
+    return settings[int(np.argmin(errors))]
 
 
 def _transfer(width: float, shape: tuple[int, int]) -> np.ndarray:
@@ -141,6 +177,19 @@ def _transfer(width: float, shape: tuple[int, int]) -> np.ndarray:
 def _low_pass(y: np.ndarray, width: float) -> np.ndarray:
     transfer = _transfer(width, y.shape[1:])
     return np.concatenate([ifft2(fft2(y[part]) * transfer).real for part in _parts(len(y), 256)])
+
+
+def _training_pairs(x_train: Any, y_train: Any, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    if x_train is None or y_train is None:
+        raise ValueError("x_train, y_train: expected pairs, to choose settings on, got None; give both")
+    x_train, y_train = checks.as_images("x_train", x_train), checks.as_images("y_train", y_train)
+    checks.same_shape("x_train", x_train, "y_train", y_train)
+    if x_train.shape[1:] != tuple(shape):
+        raise ValueError(
+            f"x_train: expected {shape[0]} x {shape[1]} px, as the images to denoise, got "
+            f"{x_train.shape[1]} x {x_train.shape[2]}; use training pairs of that size"
+        )
+    return x_train, y_train
 
 
 def best_width(x_train: Any, y_train: Any, shape: tuple[int, int]) -> float:
@@ -155,15 +204,7 @@ def best_width(x_train: Any, y_train: Any, shape: tuple[int, int]) -> float:
     ------
     ValueError : pairs missing, of different shapes, not finite, or not of size `shape`.
     """
-    if x_train is None or y_train is None:
-        raise ValueError("x_train, y_train: expected pairs, that gaussian sets its width on, got None; give both")
-    x_train, y_train = checks.as_images("x_train", x_train), checks.as_images("y_train", y_train)
-    checks.same_shape("x_train", x_train, "y_train", y_train)
-    if x_train.shape[1:] != tuple(shape):
-        raise ValueError(
-            f"x_train: expected {shape[0]} x {shape[1]} px, as the images to denoise, got "
-            f"{x_train.shape[1]} x {x_train.shape[2]}; use training pairs of that size"
-        )
+    x_train, y_train = _training_pairs(x_train, y_train, shape)
     power, cross = np.zeros(shape), np.zeros(shape)
     for part in _parts(len(x_train), 256):
         x_hat, y_hat = fft2(x_train[part]), fft2(y_train[part])
@@ -173,19 +214,22 @@ def best_width(x_train: Any, y_train: Any, shape: tuple[int, int]) -> float:
     return float(WIDTHS[np.argmin(errors)])
 
 
-def _bm3d(y: np.ndarray, sigma: float) -> np.ndarray:
-    from bm3d import BM3DProfile, bm3d
+def _bm3d(y: np.ndarray, sigma: float, profile: str, factor: float) -> np.ndarray:
+    """By the profile "np", the default, or "vn", for strong noise."""
+    from bm3d import BM3DProfile, BM3DProfileVN, bm3d
 
-    profile = BM3DProfile()
-    profile.nf = 16  # side of the Fourier domain in which the variances of a block are computed
-    profile.num_threads = 1  # more are not reproducible, says bm3d
-    return bm3d(y, sigma, profile)
+    options = {"np": BM3DProfile, "vn": BM3DProfileVN}[profile]()
+    options.nf = 16  # side of the Fourier domain in which the variances of a block are computed
+    options.num_threads = 1  # more are not reproducible, says bm3d
+    return bm3d(y, factor * sigma, options)
 
 
-def _nlm(y: np.ndarray, sigma: float) -> np.ndarray:
+def _nlm(y: np.ndarray, sigma: float, distance: int, h: float) -> np.ndarray:
+    """`h` in units of sigma."""
     from skimage.restoration import denoise_nl_means
 
-    return denoise_nl_means(y, patch_size=7, patch_distance=11, h=0.8 * sigma, sigma=sigma, fast_mode=True)
+    options = {"patch_size": 7, "patch_distance": distance, "h": h * sigma, "sigma": sigma, "fast_mode": True}
+    return denoise_nl_means(y, **options)
 
 
 def _patches(z: np.ndarray) -> np.ndarray:
@@ -229,8 +273,10 @@ def _ksvd(y: np.ndarray, sigma: float, dictionary: np.ndarray) -> np.ndarray:
     return sigma * total / np.outer(*(np.convolve(np.ones(size), np.ones(PATCH)) for size in (rows, columns)))
 
 
-def _cwf(y: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Covariance Wiener filter of the images scaled to unit noise (whitened): one noise variance, 1, holds for all.
+def _cwf(y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndarray:
+    """Covariance Wiener filter of the first `n` images, by the covariance of all.
+
+    Images are scaled to unit noise (whitened): one noise variance, 1, holds for all.
 
     Imported, ASPIRE takes over logging and writes logs and a configuration folder: it gets a process of its own.
     """
@@ -242,13 +288,13 @@ def _cwf(y: np.ndarray, sigma: np.ndarray) -> np.ndarray:
         Path(folder, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
         environment = {"ASPIREDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with ProcessPoolExecutor(1, env=environment) as worker:
-            return worker.submit(_aspire_cwf, y / scale).result() * scale
+            return worker.submit(_aspire_cwf, y / scale, n).result() * scale[:n]
 
 
-def _aspire_cwf(y: np.ndarray) -> np.ndarray:
+def _aspire_cwf(y: np.ndarray, n: int) -> np.ndarray:
     from aspire.denoising import DenoiserCov2D
     from aspire.image import Image
     from aspire.source import ArrayImageSource
 
     source = ArrayImageSource(Image(y, pixel_size=1.0))  # the filter makes no use of the pixel size
-    return DenoiserCov2D(source, var_noise=1.0).denoise[:].asnumpy()
+    return DenoiserCov2D(source, var_noise=1.0).denoise[:n].asnumpy()

@@ -16,6 +16,12 @@ SIZE, SNR = 32, 0.1
 LIBRARY_METHODS = [method for method in classical.METHODS if method != "gaussian"]
 
 
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch) -> None:
+    monkeypatch.setattr(classical, "TUNING_PAIRS", 4)
+    monkeypatch.setattr(classical, "TRAINING_PATCHES", 5000)
+
+
 @cache
 def particles(n: int = 32, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rotated two-domain blobs in [0, 1] on a background of 0, at SNR 0.1: x, y, sigma."""
@@ -101,10 +107,35 @@ def test_each_image_has_its_own_noise_level(method: str) -> None:
     assert gain[loud == 1].mean() > 6 and gain[loud == 10].mean() > 10
 
 
-def test_cwf_improves_with_the_number_of_images() -> None:
+@pytest.mark.parametrize(("method", "gain"), [("cwf", 1.0), ("ksvd", 0.1)])
+def test_training_images_are_learned_from_beside_the_stack(method: str, gain: float) -> None:
+    """Five images alone give a poor covariance, and a poor dictionary; 32 more of training make up for it."""
+    x, y, sigma = (z[:5] for z in particles())
+    alone = classical.denoise(method, y, sigma, n_jobs=1)
+    assert psnr(x, denoise(method, y, sigma)).mean() > psnr(x, alone).mean() + gain
+
+
+def test_cwf_of_some_images_is_that_of_all_when_the_rest_is_for_training() -> None:
+    """The covariance, and each image's own noise level, are those of both stacks together, whichever is denoised."""
     x, y, sigma = particles()
-    few = denoise("cwf", y[:5], sigma[:5])
-    assert psnr(x, reference("cwf"))[:5].mean() > psnr(x[:5], few).mean() + 0.3
+    y = (x + (y - x) * np.linspace(0.5, 2, len(y), dtype=np.float32)[:, None, None]).astype(np.float32)
+    sigma = (y - x).std(axis=(1, 2))
+    together = classical.denoise("cwf", y, sigma)
+    np.testing.assert_allclose(
+        classical.denoise("cwf", y[:5], sigma[:5], x_train=x[5:], y_train=y[5:]), together[:5], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("method", classical.SETTINGS)
+def test_the_setting_is_the_best_on_the_training_pairs(method: str, monkeypatch) -> None:
+    """By brute force: the pairs that choose, denoised with each setting alone."""
+    x, y, sigma = (z[: classical.TUNING_PAIRS] for z in particles(seed=1))
+    chosen = np.square(denoise(method, y, sigma) - x).mean()
+    errors = []
+    for setting in classical.SETTINGS[method]:
+        monkeypatch.setitem(classical.SETTINGS, method, [setting])
+        errors.append(np.square(classical.denoise(method, y, sigma, n_jobs=1) - x).mean())
+    assert chosen == pytest.approx(min(errors), rel=1e-5) and errors[0] > 1.02 * chosen
 
 
 def test_best_width_is_the_brute_force_minimum_over_the_training_pairs() -> None:
@@ -172,7 +203,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="y_train: expected finite pixels"):
         denoise("gaussian", y, sigma, y_train=broken)
     for missing in ("x_train", "y_train"):
-        with pytest.raises(ValueError, match="expected pairs, that gaussian sets its width on, got None"):
+        with pytest.raises(ValueError, match="expected pairs, to choose settings on, got None"):
             denoise("gaussian", y, sigma, **{missing: None})
     with pytest.raises(ValueError, match="x_train and y_train: expected the same shape"):
         denoise("gaussian", y, sigma, x_train=x[:5])
