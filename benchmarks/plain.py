@@ -75,7 +75,7 @@ class PlainLoop:
         for _ in range(K_G):
             fake = self.G(y)
             difference = fake - x
-            reconstruction = difference.abs().mean() if self.method.p == 1 else difference.pow(2).mean()
+            reconstruction = difference.abs().mean() if self.method.loss == "l1" else difference.pow(2).mean()
             loss_G = reconstruction
             if self.D is not None:
                 loss_G = LAM * reconstruction + self.method.fake(self.D(fake)).mean()

@@ -21,7 +21,14 @@ CHUNK = 1024  # projections that are made at a time
 
 
 def growth(
-    y: Any, volumes: Any, sigma: Any, n_templates: int, seed: int, doublings: int = 3, device: str = "auto"
+    y: Any,
+    volumes: Any,
+    sigma: Any,
+    n_templates: int,
+    seed: int,
+    doublings: int = 3,
+    device: str = "auto",
+    **given: Any,
 ) -> Iterator[tuple[int, Posterior]]:
     """Yield the number of templates and the posterior for n_templates / 2**doublings, then twice as many, and so on.
 
@@ -31,9 +38,10 @@ def growth(
     ----------
     y : noisy images `(n, h, h)`. volumes : `(c, h, h, h)`, equally likely. sigma : sd of the noise, a number or `(n,)`.
     n_templates : projections in all, in equal shares of the volumes. seed : of their directions.
+    given : `transfer`, `spectrum` and `shifts` as of `PosteriorSum`.
     """
     templates = Templates(volumes, device=device)
-    total, count = templates.sum(y, sigma), len(templates.volumes)
+    total, count = templates.sum(y, sigma, **given), len(templates.volumes)
     each = checks.integer("n_templates", n_templates, low=count * 2**doublings) // count
     before = 0
     for step in range(doublings, -1, -1):
@@ -45,7 +53,7 @@ def growth(
         yield total.count, total.result()
 
 
-def bayes_mean(y: Any, volumes: Any, sigma: Any, n_templates: int, seed: int) -> np.ndarray:
+def bayes_mean(y: Any, volumes: Any, sigma: Any, n_templates: int, seed: int, **given: Any) -> np.ndarray:
     """E[x | y] under the true volumes and noise, `(n, h, h)` float32, by n_templates projections; see `growth`."""
-    ((_, posterior),) = growth(y, volumes, sigma, n_templates, seed, doublings=0)
+    ((_, posterior),) = growth(y, volumes, sigma, n_templates, seed, doublings=0, **given)
     return posterior.x_hat

@@ -7,7 +7,7 @@ one of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from cryo_lib import checks
 from cryo_lib.denoisers.steerable import Basis
-from cryo_lib.denoisers.summing import NEIGHBOURS, Posterior, PosteriorSum
+from cryo_lib.denoisers.summing import NEIGHBOURS, Posterior, PosteriorSum, noise_sd, shift_grid
 from cryo_lib.denoisers.templates import Templates, directions
 from cryo_lib.networks.models import pick_device
+from cryo_lib.simulate.projection import square
 
 COMPONENTS = 16  # of a local model, at most
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they are made four times as dense
 TOGETHER = 8  # images that share their fine templates
+ROWS = 4096  # images, times shifts, that are held at a time
+PART = 1024  # references that are summed at a time
 BELOW = 18.0, 0.05  # nats below an image's best coarse direction that one may be, and this share of the best besides
 
 
@@ -49,16 +52,33 @@ class References:
 
         temperature : 1 gives the posterior mean. Above, x_hat is that of a Gaussian model of x around the most likely
             references, weighted by their likelihood to the power of 1 / temperature: it reaches between references that
-            lie further apart than the noise can tell. `choose_temperature` chooses it. White noise without CTF only.
+            lie further apart than the noise can tell. `choose_temperature` chooses it. White noise without CTF and
+            centred particles only.
+
+        Raises
+        ------
+        ValueError : see `PosteriorSum` and its `check_scale`; a temperature that does not go with `given`.
         """
         temperature = checks.number("temperature", temperature, low=1)
-        total = PosteriorSum(self.basis, y, sigma, **given)
-        total.add(self.coefficients)
-        if temperature == 1:
-            return total.result()
-        if total.rings is not None:
-            raise ValueError("temperature: expected 1 with a transfer or a spectrum, since the local model has neither")
-        return total.result(self._local(total, temperature))
+        if temperature > 1 and any(value is not None for value in given.values()):
+            raise ValueError(
+                f"temperature: expected 1 with {', '.join(given)}, got {temperature}; the local model knows white "
+                "noise and centred particles only"
+            )
+        return _joined([total.result(self._estimate(total, temperature)) for total in self._sums(y, sigma, **given)])
+
+    def _sums(self, y: Any, sigma: Any, **given: Any) -> Iterator[PosteriorSum]:
+        """The sums over all references, for some of the images at a time."""
+        for images, of_images in _portions(y, sigma, **given):
+            total = PosteriorSum(self.basis, images, **of_images)
+            total.check_scale(self.coefficients)
+            for part in self.coefficients.split(PART):
+                total.add(part)
+            yield total
+
+    def _estimate(self, total: PosteriorSum, temperature: float) -> Tensor:
+        """Coefficients of the estimate, `(n, d)`."""
+        return total.coefficients() if temperature == 1 else self._local(total, temperature)
 
     def _local(self, total: PosteriorSum, temperature: float) -> Tensor:
         """E[x | y] where x is Gaussian with the weighted mean and covariance of the neighbours, `(n, d)`."""
@@ -91,13 +111,40 @@ def posterior_mean(y: Any, references: Any, sigma: Any, temperature: float = 1.0
 def choose_temperature(
     references: References, x: Any, y: Any, sigma: Any, among: Sequence[float] = TEMPERATURES
 ) -> float:
-    """Of some temperatures that of the highest mean PSNR on validation pairs x, y."""
+    """Of some temperatures that of the highest mean PSNR on two or more validation pairs; ValueError for fewer."""
+    x = square(x, "x")
+    if len(x) < 2 or np.shape(y) != x.shape:
+        raise ValueError(
+            f"x, y: expected two or more pairs of one size, got shapes {x.shape} and {np.shape(y)}; give more"
+        )
+    losses, start = np.zeros(len(among)), 0
+    for total in references._sums(y, sigma):
+        clean = x[start : start + len(total.y)]
+        for k, temperature in enumerate(among):
+            x_hat = references.basis.images(references._estimate(total, checks.number("among", temperature, low=1)))
+            losses[k] += np.log(np.square(x_hat - clean).mean(axis=(1, 2))).sum()
+        start += len(clean)
+    return among[int(losses.argmin())]
 
-    def loss(temperature: float) -> float:
-        x_hat = references.posterior(y, sigma, temperature).x_hat
-        return float(np.log(np.square(x_hat - np.asarray(x)).mean(axis=(1, 2))).mean())
 
-    return min(among, key=loss)
+def _portions(
+    y: Any, sigma: Any, transfer: Any = None, shifts: tuple[float, float] | None = None, **given: Any
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Images, at most `ROWS` with their shifts, and what else `PosteriorSum` takes of them."""
+    y = square(y, "y")
+    sigma = noise_sd(sigma, len(y))
+    if transfer is not None and len(transfer := np.asarray(transfer)) not in (1, len(y)):
+        raise ValueError(f"transfer: expected one for each of {len(y)} images or one for all, got {transfer.shape}")
+    parts = -(-len(y) * len(shift_grid(shifts)) // ROWS)
+    for rows in np.array_split(np.arange(len(y)), min(parts, len(y))):
+        part = slice(rows[0], rows[-1] + 1)
+        of_each = transfer if transfer is None or len(transfer) == 1 else transfer[part]
+        yield y[part], given | {"sigma": sigma[part], "transfer": of_each, "shifts": shifts}
+
+
+def _joined(parts: Sequence[Posterior]) -> Any:
+    """Posteriors of some images each as one of all."""
+    return type(parts[0])(*(np.concatenate(values) for values in zip(*(vars(part).values() for part in parts))))
 
 
 @dataclass(frozen=True)
@@ -113,12 +160,21 @@ class MapPosterior(Posterior):
 
 
 def posterior_map(
-    y: Any, volumes: Any, sigma: Any, *, coarse: int = COARSE, levels: int = LEVELS, seed: int = 0, device: str = "auto"
+    y: Any,
+    volumes: Any,
+    sigma: Any,
+    *,
+    coarse: int = COARSE,
+    levels: int = LEVELS,
+    seed: int = 0,
+    device: str = "auto",
+    **given: Any,
 ) -> MapPosterior:
     """E[x | y] over all projections of one volume or several, coarse to fine: more where directions are likely.
 
-    As RELION's adaptive oversampling (Scheres 2012), but all turns in the plane are tried at every level. Where more
-    than an eighth of the directions are likely the grid is finer than what the images tell, and it stays.
+    As RELION's adaptive oversampling (Scheres 2012), but all turns in the plane and all shifts are tried at every
+    level. Where more than an eighth of the directions are likely the grid is finer than what the images tell, and it
+    stays.
 
     Parameters
     ----------
@@ -126,30 +182,47 @@ def posterior_map(
     sigma : sd of the noise, a number or `(n,)`.
     coarse : directions over the sphere that are tried first. levels : how often they are made four times as dense.
     seed : of the turn of the grids of directions.
+    given : `transfer`, `spectrum` and `shifts` as of `PosteriorSum`.
+
+    Raises
+    ------
+    ValueError : see `PosteriorSum` and its `check_scale`; the projections' grey scale is [0, 1].
     """
     checks.integer("levels", levels, low=1)
-    templates, sigma = Templates(volumes, device=device), np.broadcast_to(np.asarray(sigma, np.float64), len(y))
-    count, first = len(templates.volumes), directions(coarse, [seed, 0])
-    total, found = templates.sum(y, sigma), []
-    scores = [total.add(templates.coefficients(label, first), label).cpu().numpy() for label in range(count)]
-    for start in range(0, len(y), TOGETHER):
-        rows = slice(start, start + TOGETHER)
-        part, near, size, total = [score[rows] for score in scores], [first] * count, coarse, None
-        for level in range(1, levels + 1):
-            best = np.max([score.max(axis=1) for score in part if score.size], axis=0)
-            least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
-            likely = [rotations[(score > least).any(axis=0)] for score, rotations in zip(part, near)]
-            if total and sum(map(len, likely)) > count * size / 8:
-                break
-            reach, size = 1.2 * np.sqrt(4 * np.pi / size), 4 * size
-            grid = directions(size, [seed, level])
-            near = [grid[_within(grid[:, :, 2], each[:, :, 2], reach)] for each in likely]
-            total, part = templates.sum(y[rows], sigma[rows]), []
-            for label, each in enumerate(near):
-                score = total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else None
-                part.append(np.empty((0, 0)) if score is None else score)
-        found.append(_with_poses(total, np.concatenate(near), count * size))
-    return MapPosterior(*(np.concatenate(values) for values in zip(*(vars(each).values() for each in found))))
+    templates, first = Templates(volumes, device=device), directions(coarse, [seed, 0])
+    coarse_templates = [templates.coefficients(label, first) for label in range(len(templates.volumes))]
+    found = []
+    for images, of_images in _portions(y, sigma, **given):
+        total = templates.sum(images, **of_images)
+        total.check_scale(torch.cat(coarse_templates))
+        scores = [total.add(each, label).cpu().numpy() for label, each in enumerate(coarse_templates)]
+        for start in range(0, len(images), TOGETHER):
+            rows = slice(start, min(start + TOGETHER, len(images)))
+            part = [score[rows] for score in scores]
+            found.append(_refined(templates, total.some(rows), part, first, levels, seed))
+    return _joined(found)
+
+
+def _refined(
+    templates: Templates, total: PosteriorSum, scores: list[np.ndarray], first: np.ndarray, levels: int, seed: int
+) -> MapPosterior:
+    """The posterior of a few images over finer and finer grids near what is likely by their scores at the first."""
+    count, size = len(scores), len(first)
+    near = [first] * count
+    for level in range(1, levels + 1):
+        best = np.max([score.max(axis=1) for score in scores if score.size], axis=0)
+        least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
+        likely = [rotations[(score > least).any(axis=0)] for score, rotations in zip(scores, near)]
+        if level > 1 and sum(map(len, likely)) > count * size / 8:
+            break
+        reach, size = 1.2 * np.sqrt(4 * np.pi / size), 4 * size
+        grid = directions(size, [seed, level])
+        near = [grid[_within(grid[:, :, 2], each[:, :, 2], reach)] for each in likely]
+        total, scores = total.some(slice(0, total.n)), []
+        for label, each in enumerate(near):
+            score = total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else None
+            scores.append(np.empty((0, 0)) if score is None else score)
+    return _with_poses(total, np.concatenate(near), count * size)
 
 
 def _within(grid: np.ndarray, points: np.ndarray, reach: float) -> np.ndarray:

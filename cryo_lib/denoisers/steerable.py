@@ -10,19 +10,31 @@ Shkolnisky and Singer 2016) keep what references hold and no more.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import finufft
 import numpy as np
+import scipy.fft
 import torch
 from torch import Tensor
 
 from cryo_lib import checks
+from cryo_lib.files import cores
 from cryo_lib.simulate.projection import square
 
-PRECISION = 1e-5  # relative error of the Fourier transform on the rings
+PRECISION = 3e-5  # relative error of the Fourier transform on the rings
 FITTED = 2000  # images at most that principal components are taken from
-BATCH = 64
+BATCH = 64  # images that a thread transforms at a time
+
+
+def _in_parts(work: Callable[[slice], None], n: int) -> None:
+    """Do some work for all of n images, `BATCH` at a time on all cores; no bit of it depends on their number."""
+    first, *others = [slice(start, start + BATCH) for start in range(0, n, BATCH)]
+    work(first)  # alone: two first calls of finufft at once can crash, see `simulate.projection.project`
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(work, others))
 
 
 class Rings:
@@ -41,30 +53,26 @@ class Rings:
         both = np.where(np.arange(self.count), 2.0, 1.0)
         self.scale = np.sqrt(weights * radius / 4 * both[:, None]).astype(np.float32)
         self.angles = 2 * (self.count + 4)
-        theta = 2 * np.pi / self.angles * np.arange(self.angles)
+        # Of a real image the values at opposite points are conjugate: half of the circle is computed.
+        theta = 2 * np.pi / self.angles * np.arange(self.angles // 2)
         self.points = [np.outer(radius, f(theta)).ravel().astype(np.float32) for f in (np.sin, np.cos)]  # y, x
         off_centre = (n + 1) // 2 - n // 2  # RELION centres images of odd side one pixel further
         self.phase = np.exp(1j * off_centre * (self.points[0] + self.points[1])).astype(np.complex64)
-        self.options = {"eps": PRECISION, "nthreads": 1, "upsampfac": 2.0}
+        self.options = {"eps": PRECISION, "nthreads": 1, "upsampfac": 1.25}
 
     def analyse(self, images: np.ndarray) -> np.ndarray:
         """Coefficients `(m, k, ring)` complex64 of images `(m, n, n)`."""
-        parts = [images[start : start + BATCH].astype(np.complex64) for start in range(0, len(images), BATCH)]
-        return np.concatenate([self._analyse(part) for part in parts])
-
-    def _analyse(self, images: np.ndarray) -> np.ndarray:
+        images = np.ascontiguousarray(images, np.complex64)
         values = finufft.nufft2d2(*self.points, images, isign=-1, **self.options).reshape(len(images), -1)
-        rings = (values * self.phase).reshape(len(images), -1, self.angles)
-        return np.fft.fft(rings, axis=-1)[..., : self.count].transpose(0, 2, 1) / self.angles * self.scale
+        half = (values * self.phase).reshape(len(images), len(self.radius), -1)
+        rings = scipy.fft.fft(np.concatenate([half, half.conj()], axis=2), overwrite_x=True)[..., : self.count]
+        return rings.transpose(0, 2, 1) * (self.scale / self.angles)
 
     def synthesise(self, coefficients: np.ndarray) -> np.ndarray:
         """Images `(m, n, n)` float32 of coefficients `(m, k, ring)`: the adjoint of `analyse`, and its inverse."""
-        parts = range(0, len(coefficients), BATCH)
-        return np.concatenate([self._synthesise(coefficients[start : start + BATCH]) for start in parts])
-
-    def _synthesise(self, coefficients: np.ndarray) -> np.ndarray:
-        rings = (coefficients * self.scale).transpose(0, 2, 1)
-        values = np.fft.ifft(rings, n=self.angles, axis=-1).reshape(len(rings), -1) * self.phase.conj()
+        rings = scipy.fft.ifft((coefficients * self.scale).transpose(0, 2, 1), n=self.angles)
+        half = rings[..., : self.angles // 2] + rings[..., self.angles // 2 :].conj()
+        values = half.reshape(len(rings), -1) * self.phase.conj()
         return finufft.nufft2d1(*self.points, values, (self.n, self.n), isign=1, **self.options).real.astype(np.float32)
 
 
@@ -80,21 +88,34 @@ class Basis:
     Attributes
     ----------
     frequencies : `(d,)`, k of each coefficient, ascending. blocks : for each k, which coefficients are its.
+    on_rings : for each k, the matrix that takes its coefficients to the rings.
     """
 
     def __init__(self, images: Any, tolerance: float = 1e-4, device: torch.device | str = "cpu") -> None:
-        images = square(images)
+        images, tolerance = square(images, "references"), checks.number("tolerance", tolerance, low=0, high=1)
         self.rings, self.device = Rings(images.shape[-1]), torch.device(device)
-        values = self.rings.analyse(images[:FITTED])
-        energies, vectors = np.linalg.eigh(np.einsum("mkr,mks->krs", values, values.conj()))
+        energies, vectors = np.linalg.eigh(self._products(images[:FITTED]))
         ascending = np.sort(energies, axis=None)
-        left_out = np.searchsorted(np.cumsum(ascending), checks.number("tolerance", tolerance, low=0) * ascending.sum())
+        if ascending[-1] <= 0:
+            raise ValueError(
+                f"references: expected images that show something, got {len(images)} that are 0; correct them"
+            )
+        left_out = np.searchsorted(np.cumsum(ascending), tolerance * ascending.sum())
         kept = [vector[:, energy > ascending[left_out] * (1 - 1e-6)] for energy, vector in zip(energies, vectors)]
         sizes = np.array([vector.shape[1] for vector in kept])
         kept, ends = kept[: np.flatnonzero(sizes)[-1] + 1], np.cumsum(sizes)
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes)][: len(kept)]
         self.frequencies = torch.from_numpy(np.repeat(np.arange(len(kept)), sizes[: len(kept)])).to(self.device)
-        self._vectors = [np.ascontiguousarray(vector) for vector in kept]
+        self._vectors = [np.ascontiguousarray(vector, np.complex64) for vector in kept]
+        self.on_rings = [torch.from_numpy(vector.T.copy()).to(self.device) for vector in self._vectors]
+
+    def _products(self, images: np.ndarray) -> np.ndarray:
+        """The sum over images of the products of their coefficients, `(k, ring, ring)`."""
+        total = np.zeros((self.rings.count, *(2 * self.rings.radius.shape)), np.complex128)
+        for start in range(0, len(images), BATCH):
+            values = self.rings.analyse(images[start : start + BATCH]).transpose(1, 2, 0)
+            total += values @ values.conj().transpose(0, 2, 1)
+        return total
 
     def expand(self, images: Any) -> Tensor:
         """Coefficients `(m, d)` complex64, of images `(m, n, n)`; their real inner products are those of the pixels."""
@@ -102,15 +123,21 @@ class Basis:
         if images.shape[-1] != self.rings.n:
             n = self.rings.n
             raise ValueError(f"images: expected {n} x {n} px, as the references, got {images.shape[-1]}; resample them")
-        values = self.rings.analyse(images)
-        parts = [values[:, k] @ vectors.conj() for k, vectors in enumerate(self._vectors)]
-        return torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device)
+        coefficients = np.empty((len(images), len(self.frequencies)), np.complex64)
+
+        def fill(part: slice) -> None:
+            values = self.rings.analyse(images[part])
+            for k, (block, vectors) in enumerate(zip(self.blocks, self._vectors)):
+                coefficients[part, block] = values[:, k] @ vectors.conj()
+
+        _in_parts(fill, len(images))
+        return torch.from_numpy(coefficients).to(self.device)
 
     def power(self, coefficients: Tensor) -> Tensor:
         """The energy in each ring, `(m, rings)` float32, of images with coefficients `(m, d)`."""
         power = torch.zeros(len(coefficients), len(self.rings.radius), device=self.device)
-        for block, vectors in zip(self.blocks, self._vectors):
-            power += (coefficients[:, block] @ torch.from_numpy(vectors.T).to(self.device)).abs().square()
+        for block, vectors in zip(self.blocks, self.on_rings):
+            power += (coefficients[:, block] @ vectors).abs().square()
         return power
 
     def turned(self, coefficients: Tensor, angle: Tensor) -> Tensor:
@@ -119,7 +146,14 @@ class Basis:
 
     def images(self, coefficients: Tensor) -> np.ndarray:
         """The images `(m, n, n)` float32 of coefficients `(m, d)`."""
-        values = np.zeros((len(coefficients), self.rings.count, self.rings.scale.shape[1]), np.complex64)
-        for k, (block, vectors) in enumerate(zip(self.blocks, self._vectors)):
-            values[:, k] = coefficients[:, block].cpu().numpy() @ vectors.T
-        return self.rings.synthesise(values)
+        coefficients = coefficients.cpu().numpy()
+        images = np.empty((len(coefficients), self.rings.n, self.rings.n), np.float32)
+
+        def fill(part: slice) -> None:
+            values = np.zeros((len(images[part]), self.rings.count, len(self.rings.radius)), np.complex64)
+            for k, (block, vectors) in enumerate(zip(self.blocks, self._vectors)):
+                values[:, k] = coefficients[part, block] @ vectors.T
+            images[part] = self.rings.synthesise(values)
+
+        _in_parts(fill, len(images))
+        return images

@@ -4,12 +4,14 @@ Of y = C R_phi x_i + noise, where reference i and angle phi are unknown and equa
 
     E[x | y] = sum_i,phi w_i,phi R_phi x_i,    w_i,phi ~ exp(-|y - C R_phi x_i|^2 / (2 sigma^2)).
 
-In a steerable basis the correlations with all angles of a reference are one Fourier transform. Memory does not grow
+In a steerable basis the correlations with all angles of a reference are one Fourier transform. Where particles are off
+the centre, the sum is over their shifts as well: an image is compared once for each, moved back. Memory does not grow
 with the number of references.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +21,17 @@ import scipy.fft
 import torch
 from torch import Tensor
 
+from cryo_lib import checks
 from cryo_lib.denoisers.steerable import Basis
 from cryo_lib.simulate.noise import background
 from cryo_lib.simulate.projection import square
 
-PAIRS, FEW = 8192, 16  # image-reference pairs that are correlated at a time, and of how many images
+TOGETHER = {"cpu": (16, 512), "cuda": (256, 1024)}  # images and references that are correlated at a time
 NEGLIGIBLE = 18.0  # nats below the most likely, left out of sums
 LEAST_ANGLES = 180  # that every reference is turned by
 NEIGHBOURS = 32  # references that are remembered of each image, the most likely
+SURE = 5.0  # standard errors by which a grey scale must differ to be named
+BRIGHT, DIM, DARK = 2.0, 0.1, -0.1  # times the references' own mean, beyond which it is another grey scale
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Posterior:
     evidence : `(n,)` log of the likelihood ratio of "one of the references" to "noise alone", nats.
     reference, angle : `(n,)`, the most likely reference, and the degrees that it is turned by, from x towards y.
     labels : `(n, labels)`, the posterior probability of each label of the references.
+    shift : `(n, 2)`, px along x and y that the most likely reference is moved by after its turn; 0 where none is tried.
     """
 
     x_hat: np.ndarray
@@ -46,11 +52,48 @@ class Posterior:
     reference: np.ndarray
     angle: np.ndarray
     labels: np.ndarray
+    shift: np.ndarray
 
 
 def noise_level(y: Any) -> np.ndarray:
-    """The sd of each image's noise, `(n,)`, estimated where no particle is: outside the circle inscribed in the box."""
-    return background(y)[1]
+    """The sd of each image's noise, `(n,)`, estimated where no particle is: outside the circle inscribed in the box.
+
+    ValueError where that does not vary, as in images that were masked.
+    """
+    level = background(y)[1]
+    if not (level > 0).all():
+        raise ValueError(
+            f"y: expected noise outside the particle, got none in {int((level == 0).sum())} of {len(level)} images, "
+            f"the first is image {int(np.argmin(level))}; give images that were not masked, or sigma"
+        )
+    return level
+
+
+def noise_sd(sigma: Any, n: int) -> np.ndarray:
+    """Sigma of each of n images, `(n,)` float64, of a number or `(n,)`; ValueError where one is not finite and > 0."""
+    try:
+        values = np.asarray(sigma, np.float64)
+    except (TypeError, ValueError):
+        values = np.array(math.nan)
+    if values.shape not in {(), (n,)} or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(
+            f"sigma: expected the noise's sd, one finite number > 0 or {n}, got {sigma}; estimate it with noise_level"
+        )
+    return np.broadcast_to(values, n)
+
+
+def shift_grid(shifts: tuple[float, float] | None) -> np.ndarray:
+    """The shifts `(t, 2)`, px along x and y, of a grid `(reach, step)` within a circle, from the centre; None: 0."""
+    if shifts is None:
+        return np.zeros((1, 2))
+    if np.shape(shifts) != (2,):
+        raise ValueError(f"shifts: expected reach and step, px, such as (4, 1), got {shifts!r}")
+    reach, step = checks.number("shifts[0]", shifts[0], low=0), checks.number("shifts[1]", shifts[1], above=0)
+    steps = int(reach / step + 1e-6)
+    axis = step * np.arange(-steps, steps + 1)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    distance = np.hypot(*grid.T)
+    return grid[np.argsort(distance, kind="stable")][: int((distance <= reach * (1 + 1e-6)).sum())]
 
 
 class PosteriorSum:
@@ -64,92 +107,166 @@ class PosteriorSum:
     transfer : `(n, h, h // 2 + 1)`, C of each image (`simulate.ctf.ctf`), by which references are multiplied; None: 1.
     spectrum : `(h // 2 + 1,)`, the noise's power in rings of Fourier pixels in units of sigma^2; None: white, 1.
         Both act exactly on the images; in the energy of a reference their mean over each ring counts.
+    shifts : reach and step, px, of the grid of equally likely shifts of the turned references; None: they are centred.
 
     Raises
     ------
     ValueError : images that are not square or of another size than the references; sigma, transfer or spectrum that are
-        not finite, or not > 0 where they must be.
+        not finite, or not > 0 where they must be; shifts beyond half of the box.
     """
 
     def __init__(
-        self, basis: Basis, y: Any, sigma: Any, labels: int = 1, transfer: Any = None, spectrum: Any = None
+        self,
+        basis: Basis,
+        y: Any,
+        sigma: Any,
+        labels: int = 1,
+        transfer: Any = None,
+        spectrum: Any = None,
+        shifts: tuple[float, float] | None = None,
     ) -> None:
-        y = square(y)
-        sigma = np.asarray(sigma, np.float64)
-        if sigma.shape not in {(), (len(y),)} or not (np.isfinite(sigma) & (sigma > 0)).all():
+        y, device = square(y), basis.device
+        self.basis, self.labels = basis, labels
+        self.precision = torch.from_numpy(1 / noise_sd(sigma, len(y)) ** 2).float().to(device)
+        self.shifts = shift_grid(shifts)
+        if np.abs(self.shifts).max() >= y.shape[-1] / 2:
             raise ValueError(
-                f"sigma: expected the noise's sd, one finite number > 0 or {len(y)}, got {sigma}; "
-                "estimate it with noise_level"
+                f"shifts: expected less than half of the box of {y.shape[-1]} px, got {shifts}; choose less"
             )
-        sigma = np.broadcast_to(sigma, len(y))
-        self.basis, self.count, n, device = basis, 0, len(y), basis.device
         self.rings: Tensor | None = None
         if transfer is not None or spectrum is not None:
             y, rings = _filtered(y, transfer, spectrum, basis)
             self.rings = torch.from_numpy(rings).to(device)
-        self.y = basis.expand(y)
-        self.precision = torch.from_numpy(1 / sigma**2).float().to(device)
+        moved = [basis.expand(_moved(y, -shift)) for shift in self.shifts]
+        self.y = moved[0] if len(moved) == 1 else torch.stack(moved, 1).flatten(0, 1)  # a row an image and shift
+        self.precision = self._of_rows(self.precision)
         self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
+        self._halves = 1 - 0.5 * (basis.frequencies > 0).float()
+        self.everything = (
+            device.type == "cuda"
+        )  # what is negligible is summed as well: leaving it out waits for the GPU
+        few, many = TOGETHER[device.type]
+        self._products = torch.zeros(
+            min(few, len(self.y)), many, self.angles // 2 + 1, dtype=self.y.dtype, device=device
+        )
+        self._empty()
+
+    def _empty(self) -> None:
+        n, device, self.count = len(self.y), self.y.device, 0
         self.mean = torch.zeros_like(self.y)
         self.largest = torch.full((n,), -math.inf, device=device)
-        self.total = torch.zeros(n, labels, device=device)
+        self.total = torch.zeros(n, self.labels, device=device)
         self.likelihoods = torch.full((n, NEIGHBOURS), -math.inf, device=device)  # of the most likely references ...
         self.numbers = torch.zeros(n, NEIGHBOURS, dtype=torch.long, device=device)  # ... which they are
         self.turns = torch.zeros(n, NEIGHBOURS, device=device)  # ... and how they are turned, radians
+
+    def some(self, images: slice) -> PosteriorSum:
+        """An empty sum for some of the images."""
+        part, t = copy.copy(self), len(self.shifts)
+        rows = slice(images.start * t, images.stop * t)
+        part.y, part.precision = self.y[rows], self.precision[rows]
+        part.rings = None if self.rings is None else self.rings[images]
+        part._empty()
+        return part
+
+    @property
+    def n(self) -> int:
+        """How many images there are."""
+        return len(self.y) // len(self.shifts)
+
+    def _of_rows(self, values: Tensor) -> Tensor:
+        """Values of images, `(n, ...)`, for each of their rows."""
+        return values.repeat_interleave(len(self.shifts), 0) if len(self.shifts) > 1 else values
+
+    def check_scale(self, references: Tensor) -> None:
+        """Raise ValueError where the images are on another grey scale than references with coefficients `(m, d)`.
+
+        What is compared is how much of the references' rotational mean the median image holds: more than twice as much
+        as any reference, less than a tenth of any, or the negative of it cannot come from them. Images that hold none
+        within the noise's error are noise alone, and pass.
+        """
+        block = self.basis.blocks[0]
+        rings = references[:, block] @ self.basis.on_rings[0]
+        mean = rings.mean(0)
+        power = mean.abs().square()
+        weights = torch.ones(1, len(power), device=power.device) if self.rings is None else self.rings
+        y, precision = self.y[:: len(self.shifts), block], self.precision[:: len(self.shifts)]
+        energy = weights @ power
+        held = (y @ references[:, block].mean(0).conj()).real / energy
+        weights = weights.mean(0)
+        own = (rings * mean.conj()).real @ weights / (power @ weights)
+        error = 1.25 * float((precision * energy).rsqrt().median()) / self.n**0.5
+        found, low, high = float(held.median()), float(own.min()), float(own.max())
+        sure = SURE * error
+        bright, dark = found - sure > BRIGHT * high, found + sure < min(DARK * high, 2 * low)
+        if bright or dark or sure < found < DIM * low - sure:
+            raise ValueError(
+                f"y: expected images on the grey scale of the references, got a median image that holds {found:.3g} "
+                f"(within {error:.1g}) times their mean, of which the references hold {low:.3g} to {high:.3g}; "
+                "subtract the background of the images, protein bright, and divide them by their contrast"
+            )
 
     def add(self, references: Tensor, label: int = 0) -> Tensor:
         """Take up references, coefficients `(m, d)`, of one label; they are numbered on.
 
         Returns
         -------
-        `(n, m)`, the log likelihood of each image and reference at its best angle, less that of noise alone.
+        `(n, m)`, the log likelihood of each image and reference at its best angle and shift, less that of noise alone.
         """
+        few, many = TOGETHER[self.basis.device.type]
         found = []
-        for part in references.split(PAIRS // FEW):
-            energy = self._energy(part)
-            rows = [slice(start, start + FEW) for start in range(0, len(self.y), FEW)]
+        for part in references.split(many):
+            energy = self._of_rows(self._energy(part))
+            rows = [slice(start, start + few) for start in range(0, len(self.y), few)]
             found.append(torch.cat([self._add(each, part, energy[each], label) for each in rows]))
             self.count += len(part)
-        return torch.cat(found, 1)
+        best = torch.cat(found, 1)
+        return best if len(self.shifts) == 1 else best.unflatten(0, (-1, len(self.shifts))).amax(1)
 
     def _energy(self, part: Tensor) -> Tensor:
-        """|C R x|^2 of each image and reference, `(n or 1, m)`; the same for all angles."""
+        """|C R x|^2 of each image and reference, `(n, m)`; the same for all angles and shifts."""
         if self.rings is None:
-            return part.abs().square().sum(1).expand(len(self.y), -1)
+            return part.abs().square().sum(1).expand(self.n, -1)
         return self.rings @ self.basis.power(part).T
 
     def _add(self, rows: slice, part: Tensor, energy: Tensor, label: int) -> Tensor:
-        y, blocks = self.y[rows], self.basis.blocks
-        products = y.new_zeros(len(y), len(part), self.angles // 2 + 1)
+        blocks, precision = self.basis.blocks, self.precision[rows, None]
+        y, conjugate = self.y[rows] * (precision * self._halves), part.conj().T
+        products = self._products[: len(y), : len(part)]  # 0 beyond the last k
         for k, block in enumerate(blocks):
-            products[:, :, k] = (0.5 if k else 1.0) * (y[:, block] @ part[:, block].conj().T)
-        correlations = torch.fft.irfft(products, n=self.angles, norm="forward")
-        likelihoods = (correlations - 0.5 * energy[:, :, None]) * self.precision[rows, None, None]
-        best, turns = likelihoods.max(2)
-        self._remember(rows, best, turns * (2 * math.pi / self.angles))
+            products[:, :, k] = y[:, block] @ conjugate[block]
+        products[:, :, 0] -= 0.5 * precision * energy
+        likelihoods = torch.fft.irfft(products, n=self.angles, norm="forward")
+        best = likelihoods.amax(2)
+        self._remember(rows, best, likelihoods)
         largest = torch.maximum(self.largest[rows], best.amax(1))
         shrunk = torch.exp(self.largest[rows] - largest)[:, None]
         self.largest[rows] = largest
         self.mean[rows] *= shrunk
         self.total[rows] *= shrunk
-        chosen = (best > largest[:, None] - NEGLIGIBLE).any(0)
-        if not chosen.any():
-            return best
-        weights = torch.exp(likelihoods[:, chosen] - largest[:, None, None])
-        self.total[rows, label] += weights.sum((1, 2))
+        if not self.everything:
+            (chosen,) = torch.nonzero((best > largest[:, None] - NEGLIGIBLE).any(0), as_tuple=True)
+            if not len(chosen):
+                return best
+            part, likelihoods = part[chosen], likelihoods[:, chosen]
+        weights = torch.exp(likelihoods - largest[:, None, None])
         turned = torch.fft.rfft(weights)  # sum over angles of w exp(-1j k phi), the factor of a turned reference
+        self.total[rows, label] += turned[:, :, 0].real.sum(1)
         for k, block in enumerate(blocks):
-            self.mean[rows, block] += turned[:, :, k] @ part[chosen][:, block]
+            self.mean[rows, block] += turned[:, :, k] @ part[:, block]
         return best
 
-    def _remember(self, rows: slice, best: Tensor, turns: Tensor) -> None:
-        numbers = torch.arange(self.count, self.count + best.shape[1], device=best.device).expand_as(best)
+    def _remember(self, rows: slice, best: Tensor, likelihoods: Tensor) -> None:
+        """Keep the most likely of the references known so far and of those that have come."""
+        best, new = best.topk(min(NEIGHBOURS, best.shape[1]))
+        at = new[:, :, None].expand(-1, -1, likelihoods.shape[2])
+        turns = likelihoods.gather(1, at).argmax(2) * (2 * math.pi / self.angles)
         self.likelihoods[rows], index = torch.cat([self.likelihoods[rows], best], 1).topk(NEIGHBOURS)
-        self.numbers[rows] = torch.cat([self.numbers[rows], numbers], 1).gather(1, index)
+        self.numbers[rows] = torch.cat([self.numbers[rows], new + self.count], 1).gather(1, index)
         self.turns[rows] = torch.cat([self.turns[rows], turns], 1).gather(1, index)
 
     def coefficients(self) -> Tensor:
-        """The posterior mean of each image, `(n, d)`; ValueError where no reference has come."""
+        """The posterior mean of each image at each shift, `(n t, d)`; ValueError where no reference has come."""
         if not self.count:
             raise ValueError("references: expected one or more, got none; add some")
         return self.mean / self.total.sum(1, keepdim=True)
@@ -159,12 +276,35 @@ class PosteriorSum:
 
         size : how many references there are, where those that came are the likely ones among them.
         """
-        coefficients = self.coefficients() if coefficients is None else coefficients
+        coefficients, t = self.coefficients() if coefficients is None else coefficients, len(self.shifts)
         total = self.total.sum(1, keepdim=True)
-        evidence = (self.largest + total[:, 0].log()).cpu().double().numpy()
-        evidence -= math.log((size or self.count) * self.angles)
-        nearest = self.numbers[:, 0].cpu().numpy(), np.rad2deg(self.turns[:, 0].cpu().numpy())
-        return Posterior(self.basis.images(coefficients), evidence, *nearest, (self.total / total).cpu().numpy())
+        logs = (self.largest + total[:, 0].log()).cpu().double().numpy().reshape(-1, t)
+        evidence = np.logaddexp.reduce(logs, axis=1)
+        shares = np.exp(logs - evidence[:, None])
+        evidence = evidence - math.log((size or self.count) * self.angles * t)
+        x_hat = np.zeros((len(logs), *2 * (self.basis.rings.n,)), np.float32)
+        for k, shift in enumerate(self.shifts):
+            held = np.flatnonzero(shares[:, k] > math.exp(-NEGLIGIBLE))
+            if len(held):
+                images = self.basis.images(coefficients[torch.from_numpy(held * t + k).to(coefficients.device)])
+                x_hat[held] += shares[held, k, None, None].astype(np.float32) * _moved(images, shift)
+        best = self.likelihoods[:, 0].reshape(-1, t).argmax(1).cpu().numpy()
+        rows = np.arange(len(best)) * t + best
+        degrees = np.rad2deg(self.turns[:, 0].cpu().numpy())[rows]
+        labels = (self.total / total).cpu().numpy().reshape(len(best), t, -1)
+        labels = (shares[..., None] * labels).sum(1, dtype=np.float32)
+        reference = self.numbers[:, 0].cpu().numpy()[rows]
+        return Posterior(x_hat, evidence, reference, degrees, labels, self.shifts[best])
+
+
+def _moved(images: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Images moved by `shift`, px along x and y, periodically."""
+    if not shift.any():
+        return images
+    h = images.shape[-1]
+    turns = scipy.fft.rfftfreq(h) * shift[0] + scipy.fft.fftfreq(h)[:, None] * shift[1]
+    factor = np.exp(-2j * np.pi * turns).astype(np.complex64)
+    return scipy.fft.irfft2(scipy.fft.rfft2(images) * factor, s=images.shape[1:])
 
 
 def _filtered(y: np.ndarray, transfer: Any, spectrum: Any, basis: Basis) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ class Settings(BaseModel):
     redraw: bool = Field(False, description="fresh contamination in every epoch")
     jitter_degrees: float = Field(10.0, ge=0, description="of contamination J: sd of the turn about each axis")
     jitter_pixels: float = Field(1.0, ge=0, description="of contamination J: sd of the shift along x and y")
+    screen: bool = Field(False, description="leave out pairs that do not belong together (contamination.screen)")
     precision: Precision = Field("float32", description="of the networks' passes; weights, losses and Adam are float32")
     cuda_graph: bool = Field(True, description="on a GPU, replay a step as one CUDA graph; false: eager, the reference")
     log_every: int = Field(250, ge=1, description="iterations between lines of metrics, and checkpoints")

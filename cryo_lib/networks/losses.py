@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from cryo_lib import checks
+from cryo_lib.networks import parallel
+
+LOSSES = ("l1", "l2", "trimmed", "welsch")
+WELSCH_WIDTH = 4.0  # of Welsch's loss, in medians of a minibatch's errors
 
 
 @cache
@@ -116,50 +120,80 @@ def gradient_penalty(
 
 def reduce_images(values: Tensor, reduction: str) -> Tensor:
     """`(n, ...)` values to a scalar: the `mean` or `sum` over each image's elements, then the mean over images."""
+    return _each_image(values, reduction).mean()
+
+
+def _each_image(values: Tensor, reduction: str) -> Tensor:
     flat = values.flatten(1)
-    return (flat.mean(1) if reduction == "mean" else flat.sum(1)).mean()
+    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+
+
+def trimmed(errors: Tensor) -> Tensor:
+    """Mean of those errors of a minibatch, `(n,)`, that are not above their median: least trimmed squares, of images.
+
+    Of several processes the median is that of the whole minibatch, as in `welsch`. Source: Rousseeuw 1984.
+    """
+    everyones = parallel.gathered(errors.detach())
+    median = _median(everyones)
+    return torch.where(errors <= median, errors, 0.0).mean() / (everyones <= median).to(errors.dtype).mean()
+
+
+def welsch(errors: Tensor) -> Tensor:
+    """Mean of c (1 - exp(-e / c)) over a minibatch's errors e, `(n,)`, c four times their median (Welsch's loss).
+
+    An image's gradient is weighted by exp(-e / c): errors far above the others' have next to none. Source: Holland and
+    Welsch 1977, with images for residuals.
+    """
+    scale = WELSCH_WIDTH * _median(parallel.gathered(errors.detach())).clamp(min=torch.finfo(errors.dtype).tiny)
+    return -(scale * torch.expm1(-errors / scale)).mean()
+
+
+def _median(values: Tensor) -> Tensor:
+    """The lower median; by a sort, which does not wait for the device."""
+    return values.sort().values[(len(values) - 1) // 2]
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is minimised and maximised in Algorithm 1: an adversary (or none) and an l_p reconstruction loss.
+    """What is minimised and maximised in Algorithm 1: an adversary (or none) and a reconstruction loss.
 
     Attributes
     ----------
     adversary : "none", "beta" (Eq. 5) or "wgan_gp" (Eq. 8).
-    p : 1 or 2, the power of the reconstruction loss |x_hat - x|^p.
+    loss : "l1" or "l2", the paper's |x_hat - x|^p; "trimmed" or "welsch", robust ones of |x_hat - x|^2 an image.
     alpha, beta : of the "beta" adversary, each in [-1, 1].
     """
 
     adversary: str
-    p: int
+    loss: str
     alpha: float = 0.0
     beta: float = 0.0
 
     def __post_init__(self) -> None:
         checks.choice("adversary", self.adversary, ("none", "beta", "wgan_gp"))
-        checks.choice("p", self.p, (1, 2))
+        checks.choice("loss", self.loss, LOSSES)
         for name in ("alpha", "beta"):
             checks.number(name, getattr(self, name), low=-1, high=1)
 
     @classmethod
     def parse(cls, name: str) -> Method:
-        """The method of an id: `l2_ae`; or an adversary and a loss, `js_l1`, `wgan_gp_l1`, `beta_05_m1_l1`.
+        """The method of an id: `l2_ae`, `trimmed_ae`; or an adversary and a loss, `js_l1`, `beta_05_m1_l1`.
 
         In numbers `05` is .5, `1` is 1 and `m1` is -1; `js` is `beta_0_0`. ValueError for what is no such id.
         """
-        number = "(?!m0_)m?[0-9](?:[0-9]*[1-9])?"  # one way to write each: names are keys
-        match = re.fullmatch(rf"l([12])_ae|(js|wgan_gp|beta_({number})_({number}))_l([12])", str(name))
+        number, loss = "(?!m0_)m?[0-9](?:[0-9]*[1-9])?", "|".join(LOSSES)  # one way to write each: names are keys
+        match = re.fullmatch(rf"({loss})_ae|(js|wgan_gp|beta_({number})_({number}))_({loss})", str(name))
         if not match:
             forms = "l1_ae, l2_ae, js_l1, wgan_gp_l1 or beta_<alpha>_<beta>_l1 such as beta_05_m1_l1 (.5, -1)"
-            raise ValueError(f"method: expected an id such as {forms}, got {name!r}")
+            losses = f"losses are {', '.join(LOSSES)}"
+            raise ValueError(f"method: expected an id such as {forms}; {losses}; got {name!r}")
         alone, adversary, *powers, beside = match.groups()
         if alone:
-            return cls("none", int(alone))
+            return cls("none", alone)
         if adversary == "wgan_gp":
-            return cls("wgan_gp", int(beside))
+            return cls("wgan_gp", beside)
         try:
-            return cls("beta", int(beside), *(_number(power or "0") for power in powers))
+            return cls("beta", beside, *(_number(power or "0") for power in powers))
         except ValueError as error:
             raise ValueError(f"method {name!r}: {error}") from error
 
@@ -196,9 +230,10 @@ class Method:
         return reduce_images(self.fake(discriminator(x_hat)), reduction)
 
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor, reduction: str) -> Tensor:
-        """|x_hat - x|^p, `reduction` "mean" or "sum" over an image's pixels."""
+        """The loss of each image, `reduction` "mean" or "sum" over pixels; then the mean over images, robust or not."""
         difference = x_hat - x
-        return reduce_images(difference.abs() if self.p == 1 else difference.square(), reduction)
+        errors = _each_image(difference.abs() if self.loss == "l1" else difference.square(), reduction)
+        return {"trimmed": trimmed, "welsch": welsch}.get(self.loss, torch.mean)(errors)
 
 
 def _number(digits: str) -> float:

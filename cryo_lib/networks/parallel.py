@@ -74,6 +74,19 @@ def total(values: Tensor) -> Tensor:
     return _Sum.apply(values)
 
 
+def gathered(values: Tensor) -> Tensor:
+    """The values `(n,)` of all processes, which may have different numbers of them, in one row."""
+    if size() == 1:
+        return values
+    _join()
+    counts = values.new_zeros(size())
+    counts[rank()] = len(values)
+    counts = total(counts).long().tolist()
+    row = values.new_zeros(sum(counts))
+    row.split(counts)[rank()].copy_(values)
+    return total(row)
+
+
 def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | int]:
     """Mean and biased variance of `x` over `dims`, kept with length 1, over all processes; how many values each has.
 

@@ -129,9 +129,15 @@ def run(
     }
     if experiment.kind in contamination.PROJECTED:
         options["views"] = dataset.views("train", experiment)
+    if settings.screen and settings.redraw:
+        raise ValueError("screen: expected redraw: false, since each draw would leave out other pairs; leave one away")
 
     def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
+        given = experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
+        if not settings.screen:
+            return given
+        kept = contamination.screen(*given)
+        return given[0][kept], given[1][kept]
 
     printed = time.monotonic()
 

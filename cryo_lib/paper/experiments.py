@@ -13,8 +13,8 @@ from cryo_lib.networks.runs import Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
-KEYS = {*"scale structure data baselines studies supplement_studies particle_studies kinds study train export".split()}
-KEYS |= {"reconstruct", "relion", "assign", "particles", "pairs", "denoise", "junk", "weights"}
+KEYS = {*"scale structure data baselines posterior screening studies supplement_studies particle_studies kinds".split()}
+KEYS |= {*"study train export reconstruct relion assign particles pairs denoise junk weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 
@@ -67,7 +67,9 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"supplement_studies: expected some of studies, got {', '.join(sorted(strays))}")
         for name, study in params["study"].items():
             _check_study(name, study, params)
-        for name in params["baselines"]["baseline_experiments"]:
+        posterior = params["posterior"]
+        without = params["baselines"]["baseline_experiments"] + posterior["bound_experiments"]
+        for name in (*without, *posterior["posterior_experiments"]):
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:

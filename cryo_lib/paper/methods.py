@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 PAIRS, LEVEL, STACK = "training pairs", "the noise level", "the stack of noisy images"
-NOTHING = "nothing"
+REFERENCES, TRUTH, NOTHING = "clean references", "the true volumes", "nothing"
 
 
 class Entry(NamedTuple):
@@ -14,7 +14,8 @@ class Entry(NamedTuple):
 
     Attributes
     ----------
-    label : its name in tables and figures, as printed in Table 1. kind : "network" | "classical" | "reference".
+    label : its name in tables and figures, as printed in Table 1.
+    kind : "network" | "classical" | "posterior" | "bound" | "reference".
     colour, marker : matplotlib's. needs : what it is told beside the noisy image.
     """
 
@@ -36,6 +37,8 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "cwf": Entry("CWF", "classical", "#5b4a8a", "o", f"{LEVEL}, {STACK}"),
     "l2_ae": Entry("ℓ2-Autoencoder", "network", "#0072b2", "s", PAIRS),
     "l1_ae": Entry("ℓ1-Autoencoder", "network", "#56b4e9", "o", PAIRS),
+    "trimmed_ae": Entry("Trimmed ℓ2-Autoencoder", "network", "#44aa99", "H", PAIRS),
+    "welsch_ae": Entry("Welsch-Autoencoder", "network", "#661100", "8", PAIRS),
     "js_l1": Entry("(0,0)-GAN + ℓ1", "network", "#009e73", "v", PAIRS),
     "wgan_gp_l1": Entry("WGANgp + ℓ1", "network", "#e69f00", "^", PAIRS),
     "beta_1_1_l1": Entry("(1,1)-GAN + ℓ1", "network", "#cc79a7", "P", PAIRS),
@@ -45,7 +48,11 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "beta_1_m1_l1": Entry("(1,−1)-GAN + ℓ1", "network", "#999933", "X", PAIRS),
     "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
     "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
+    "posterior": Entry("Posterior over references", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
+    "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
+
+BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("posterior", "bound")}  # what the paper has not
 
 
 def among(names: Iterable[str]) -> dict[str, Entry]:

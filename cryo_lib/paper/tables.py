@@ -77,11 +77,15 @@ def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
-    """Add `<metric>_best`: True in each experiment for the best mean and all within its one sd, as in Table 1."""
+    """Add `<metric>_best`: True in each experiment for the best mean and all within its one sd, as in Table 1.
+
+    The posterior and the bound, which the paper does not have, take no part.
+    """
     summary = summary.copy()
+    taking_part = summary[~summary["method"].isin([*methods.BEYOND])]
     for name, higher in HIGHER_IS_BETTER.items():
         marks = pd.Series(False, index=summary.index)
-        for _, group in summary.groupby("experiment"):
+        for _, group in taking_part.groupby("experiment"):
             sign = 1 if higher else -1
             best = (sign * group[name]).idxmax()
             margin = np.nan_to_num(group.loc[best, f"{name}_sd"])
@@ -103,6 +107,8 @@ def cell(row: Any, metric: str) -> str:
 def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFrame, snr: float) -> pd.DataFrame:
     """Table 1 at one SNR as strings: a row a method, the paper's values and ours side by side.
 
+    In italics the posterior and the bound.
+
     Parameters
     ----------
     ours : `mark_best(over_seeds(...))` without contaminated experiments.
@@ -120,7 +126,7 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
 
     rows = []
     for method, known in methods.among([*awgn.index, *clipped.index]).items():
-        row = {"Method": known.label}
+        row = {"Method": f"*{known.label}*" if method in methods.BEYOND else known.label}
         for metric in SCORES:
             row[f"{metric.upper()}, paper"] = entry(printed, method, metric)
             row[f"{metric.upper()}, ours"] = entry(awgn, method, metric)

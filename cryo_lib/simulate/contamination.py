@@ -1,4 +1,7 @@
-"""The Huber contamination model, Eq. (2): a fraction of the training pairs replaced by noise, and harder kinds."""
+"""The Huber contamination model, Eq. (2): a fraction of the training pairs replaced by noise, and harder kinds.
+
+And the other way round: which pairs belong together, told by the pairs alone (`screen`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from scipy.special import expit
 
 from cryo_lib import checks
@@ -17,6 +21,10 @@ HARDER = {"S": "references swapped", "O": "another conformation", "J": "imprecis
 PROJECTED = "OJ"  # kinds that project references anew
 NOISES = ("gaussian", "uniform")
 UNITS = ("sample", "minibatch")
+FEWEST = 20  # pairs that the spread of the good ones can be told from
+ROUNDS, CHUNK = 50, 1024  # of the estimate; pairs that are correlated at a time
+FDR = 0.05  # of the pairs that `screen` leaves out, the share that is good
+CENTRAL = -1.5, 2.5  # sd from the centre of the good pairs, between which values are taken to be theirs
 
 
 @dataclass(frozen=True)
@@ -162,3 +170,59 @@ def _pure_noise(rng: np.random.Generator, noise: str, n: int, among: np.ndarray)
     low, high = values.min(axis=(1, 2), keepdims=True), values.max(axis=(1, 2), keepdims=True)
     start, stop = among.min(axis=(1, 2)).mean(), among.max(axis=(1, 2)).mean()
     return start + (stop - start) * (values - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+
+
+def correlations(x: Any, y: Any) -> np.ndarray:
+    """Pearson's correlation of each pair over its pixels, `(n,)` float64; x, y as of `contaminate`."""
+    x, y = checks.as_images("x", x), checks.as_images("y", y)
+    checks.same_shape("x", x, "y", y)
+    found = np.empty(len(x))
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        a, b = (z[part].reshape(len(z[part]), -1) for z in (x, y))
+        a, b = (z - z.mean(axis=1, keepdims=True) for z in (a, b))
+        size = np.sqrt(np.einsum("ij,ij->i", a, a, dtype=np.float64) * np.einsum("ij,ij->i", b, b, dtype=np.float64))
+        if not size.all():
+            where = start + int(np.argmin(size))
+            raise ValueError(
+                f"pairs: expected images of some contrast, got a constant one in pair {where}; leave it out"
+            )
+        found[part] = np.einsum("ij,ij->i", a, b, dtype=np.float64) / size
+    return found
+
+
+def screen(x: Any, y: Any, fdr: float = FDR) -> np.ndarray:
+    """Which training pairs belong together, `(n,)` bool, by their correlation and no truth.
+
+    Fisher's transform of the correlation of good pairs is normal. Pairs that do not belong together correlate less, so
+    its centre and spread are taken from the upper ones (an empirical null, Efron 2004; sound
+    while most pairs are good). Pairs that are too low for it are told by the procedure of Benjamini and Hochberg
+    (1995): of those left out at most the share `fdr` is good, in the mean.
+
+    Parameters
+    ----------
+    x, y : references and noisy images, `(n, h, w)`, at least 20.
+    fdr : false-discovery rate, above 0 and at most 0.5.
+
+    Raises
+    ------
+    ValueError : fewer pairs, an fdr outside its range, a constant image, shapes that differ, NaN.
+    """
+    fdr = checks.number("fdr", fdr, above=0, high=0.5)
+    if len(x) < FEWEST:
+        raise ValueError(f"pairs: expected at least {FEWEST}, to see how good ones are spread, got {len(x)}; give more")
+    z = np.arctanh(np.clip(correlations(x, y), -1 + 1e-9, 1 - 1e-9))
+    return stats.false_discovery_control(stats.norm.cdf(z, *_good(z))) > fdr
+
+
+def _good(z: np.ndarray) -> tuple[float, float]:
+    """Centre and sd of the normal distribution that the upper values follow, by its moments between two cuts."""
+    mean, variance = stats.truncnorm.stats(*CENTRAL)
+    centre = np.median(z)
+    spread = np.median(z[z >= centre] - centre) / stats.norm.ppf(0.75)
+    for _ in range(ROUNDS):
+        low, high = (centre + cut * spread for cut in CENTRAL)
+        inside = z[(z >= low) & (z <= high)]
+        spread = np.sqrt(inside.var() / variance)
+        centre = inside.mean() - mean * spread
+    return centre, spread

@@ -319,9 +319,9 @@ def _interpolation(h: int, centre: int, pixel_size: float, n: int, new_centre: i
     return matrix.astype(np.float32)
 
 
-def square(images: Any) -> np.ndarray:
-    """Return images as `(m, n, n)` float32; ValueError where they are not square."""
-    images = checks.as_images("images", images)
+def square(images: Any, name: str = "images") -> np.ndarray:
+    """Return images as `(m, n, n)` float32; ValueError, which calls them `name`, where they are not square."""
+    images = checks.as_images(name, images)
     if images.shape[1] != images.shape[2]:
-        raise ValueError(f"images: expected square ones, got {images.shape[1]} x {images.shape[2]}; crop or pad them")
+        raise ValueError(f"{name}: expected square ones, got {images.shape[1]} x {images.shape[2]}; crop or pad them")
     return images

@@ -218,8 +218,10 @@ def test_what_does_not_go_together_is_named(world):
     kept = References(references, 1e-6, "cpu")
     with pytest.raises(ValueError, match="images: expected 32 x 32 px, as the references, got 16"):
         kept.posterior(x[:, 8:24, 8:24], 0.1)
-    with pytest.raises(ValueError, match="transfer: expected finite values of shape"):
+    with pytest.raises(ValueError, match="transfer: expected one for each of 40 images or one for all, got"):
         kept.posterior(x, 0.1, transfer=np.ones((3, N, N // 2 + 1)))
+    with pytest.raises(ValueError, match="transfer: expected finite values of shape"):
+        kept.posterior(x, 0.1, transfer=np.ones((40, N, N)))
     with pytest.raises(ValueError, match="spectrum: expected 17 finite powers > 0"):
         kept.posterior(x, 0.1, spectrum=np.zeros(17))
     with pytest.raises(ValueError, match="temperature: expected 1 with a transfer or a spectrum"):

@@ -247,7 +247,7 @@ def meta(monkeypatch):
     return torch.device("meta")
 
 
-@pytest.mark.parametrize("method", ["l1_ae", "js_l1", "beta_05_05_l1", "beta_m1_m1_l1", "wgan_gp_l1"])
+@pytest.mark.parametrize("method", ["l1_ae", "trimmed_ae", "welsch_ae", "js_l1", "beta_m1_m1_l1", "wgan_gp_l1"])
 def test_a_step_never_waits_for_the_device(method, meta):
     x = np.zeros((8, 32, 32), np.float32)
     t = Trainer(losses.Method.parse(method), SMALL, lambda epoch: (x, x), 0, meta)
@@ -343,7 +343,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torc
 
 
 @gpu
-@pytest.mark.parametrize("method", ["l1_ae", "beta_05_05_l1", "wgan_gp_l1"])
+@pytest.mark.parametrize("method", ["l1_ae", "welsch_ae", "beta_05_05_l1", "wgan_gp_l1"])
 def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method):
     x, ends = np.random.default_rng(1).random((18, 32, 32), np.float32), []
     noisy = torch.as_tensor(x[:, None] + 0.1).cuda()

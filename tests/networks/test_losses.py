@@ -108,19 +108,48 @@ def test_reductions_differ_by_the_number_of_elements():
     assert ratio.item() == pytest.approx(35, rel=1e-5)
 
 
+def test_the_trimmed_loss_is_the_mean_of_the_lesser_half():
+    errors = torch.tensor([9.0, 1.0, 4.0, 2.0, 1e6], requires_grad=True)
+    losses.trimmed(errors).backward()
+    assert losses.trimmed(errors).item() == pytest.approx((1 + 4 + 2) / 3)
+    assert errors.grad.tolist() == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_welschs_loss_weighs_each_image_by_how_far_its_error_is_above_the_others():
+    """Its gradient is exp(-e / c) / n with c four medians; an error of a hundred medians has none."""
+    errors = torch.tensor([1.0, 2.0, 3.0, 200.0], dtype=torch.float64, requires_grad=True)
+    losses.welsch(errors).backward()
+    assert errors.grad.tolist() == pytest.approx(np.exp(-errors.detach().numpy() / 8) / 4, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["trimmed_ae", "welsch_ae"])
+@pytest.mark.parametrize("reduction, times", [("mean", 1), ("sum", 12)])
+def test_robust_losses_of_clean_pairs_scale_as_the_squared_error_and_ignore_a_minority(name, reduction, times):
+    method, x = losses.Method.parse(name), torch.zeros(9, 1, 3, 4)
+    x_hat = torch.full_like(x, 0.1)
+    plain = method.reconstruction_loss(x_hat, x, reduction)
+    assert plain.item() == pytest.approx(0.01 * times * {"trimmed": 1, "welsch": 4 * -np.expm1(-0.25)}[method.loss])
+    x_hat[:4] = 100.0
+    x_hat.requires_grad_()
+    (gradient,) = torch.autograd.grad(method.reconstruction_loss(x_hat, x, reduction), x_hat)
+    assert not gradient[:4].any() and (gradient[4:] > 0).all()
+
+
 def test_an_unknown_adversary_is_refused():
     with pytest.raises(ValueError, match="adversary: expected one of none, beta, wgan_gp, got 'hinge'"):
-        losses.Method("hinge", 1)
+        losses.Method("hinge", "l1")
 
 
 @pytest.mark.parametrize(
     "name, method",
     [
-        ("l2_ae", losses.Method("none", 2)),
-        ("js_l1", losses.Method("beta", 1, 0.0, 0.0)),
-        ("wgan_gp_l1", losses.Method("wgan_gp", 1)),
-        ("beta_05_05_l1", losses.Method("beta", 1, 0.5, 0.5)),
-        ("beta_m1_01_l2", losses.Method("beta", 2, -1.0, 0.1)),
+        ("l2_ae", losses.Method("none", "l2")),
+        ("welsch_ae", losses.Method("none", "welsch")),
+        ("wgan_gp_trimmed", losses.Method("wgan_gp", "trimmed")),
+        ("js_l1", losses.Method("beta", "l1", 0.0, 0.0)),
+        ("wgan_gp_l1", losses.Method("wgan_gp", "l1")),
+        ("beta_05_05_l1", losses.Method("beta", "l1", 0.5, 0.5)),
+        ("beta_m1_01_l2", losses.Method("beta", "l2", -1.0, 0.1)),
     ],
 )
 def test_an_id_is_its_method(name, method):

@@ -67,7 +67,7 @@ def test_alone_everything_stays_as_it_is():
         parallel.size() == 1 and parallel.rank() == 0 and parallel.total(x) is x and type(norm) is torch.nn.BatchNorm2d
     )
     assert parallel.part(7) == slice(0, 7) and parallel.from_first(lambda: 5) == 5
-    assert [batch is x for batch in parallel.in_order(x, 9)] == [True]
+    assert [batch is x for batch in parallel.in_order(x, 9)] == [True] and parallel.gathered(x) is x
     mean, variance, n = parallel.moments(x.view(3, 2), (0,))
     assert n == 3
     torch.testing.assert_close(mean, torch.tensor([[2.0, 3.0]]))
@@ -141,7 +141,7 @@ import sys, numpy, torch
 torch.set_default_dtype(torch.float64)
 x = numpy.random.default_rng(1).random((11, 32, 32))
 given = {"width": 2, "epochs": 2, "batch_size": 4, "log_every": 2, "eta_g": 1e-3, "calibration": 11}
-resnets = [(method, "resnet") for method in ("l1_ae", "beta_05_05_l1", "wgan_gp_l1")]
+resnets = [(method, "resnet") for method in ("l1_ae", "trimmed_ae", "beta_05_05_welsch", "wgan_gp_l1")]
 for method, architecture in [*resnets, ("wgan_gp_l1", "pggan")]:
     settings = Settings(architecture=architecture, **given)
     trainer = Trainer(losses.Method.parse(method), settings, lambda epoch: (x, x + 0.1), 0, torch.device("cpu"))
@@ -151,12 +151,15 @@ for method, architecture in [*resnets, ("wgan_gp_l1", "pggan")]:
 
 
 def test_two_processes_train_as_one_on_the_same_minibatches(script, tmp_path):
-    """All methods, minibatches of uneven parts: the same losses, weights and batch-norm statistics but for rounding."""
+    """All methods, minibatches of uneven parts : the same losses, weights and batch-norm statistics but for rounding.
+
+    Robust losses take their medians over the whole minibatch.
+    """
     program = script(TRAIN)
     torchrun(tmp_path / "logs", program, tmp_path / "two")
     subprocess.run([sys.executable, program, tmp_path / "one"], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     compared = sorted(path.name.removeprefix("one.") for path in tmp_path.glob("one.*"))
-    assert len(compared) == 4
+    assert len(compared) == 5
     for name in compared:
         one, two = (torch.load(tmp_path / f"{start}.{name}", weights_only=True) for start in ("one", "two"))
         assert [line["iteration"] for line in two["history"]] == [2, 4, 6]

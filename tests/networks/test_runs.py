@@ -291,3 +291,24 @@ def test_a_run_whose_time_is_up_goes_on_at_the_next_call(data, tmp_path, monkeyp
     lines = [json.loads(line) for line in (tmp_path / "o" / task.folder / "metrics.jsonl").open()]
     assert calls == 4 and [line["iteration"] for line in lines] == [3, 6, 9, 10]
     assert [json.loads(line)["images_per_s"] for line in (tmp_path / "s" / "speed.jsonl").open()] == [9.0]
+
+
+def test_screened_pairs_that_do_not_belong_together_are_left_out(data, tmp_path, monkeypatch):
+    """Of 60 pairs 18 get a reference of noise: the trainer sees only, and most of, the others."""
+    x = np.tile(np.load(data / "x_train.npy"), (4, 1, 1))[:60]
+    np.save(data / "x_train.npy", x)
+    seen = {}
+
+    def watch(method, settings, pairs, *rest):
+        seen["x"], seen["y"] = pairs(0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "Trainer", watch)
+    arguments = data, tmp_path / "o", tmp_path / "s", "cpu"
+    task = Run("l2_ae", "awgn-0.5-A_0.3", 0)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(task, varied(SMALL, {"screen": True}), *arguments, scores=SCORES)
+    assert len(seen["x"]) == len(seen["y"]) and 38 <= len(seen["x"]) <= 42
+    assert all((image == x).all(axis=(1, 2)).any() for image in seen["x"])
+    with pytest.raises(ValueError, match="screen: expected redraw: false"):
+        runs.run(task, varied(SMALL, {"screen": True, "redraw": True}), *arguments, scores=SCORES)

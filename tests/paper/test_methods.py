@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cryo_lib.denoisers import classical
-from cryo_lib.networks.losses import Method
+from cryo_lib.networks.losses import LOSSES, Method
 from cryo_lib.paper import methods, tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,9 +26,9 @@ def test_every_method_of_a_scale_has_an_entry_of_its_kind(path):
 def test_kinds_are_what_the_library_can_run():
     kinds = {name: entry.kind for name, entry in methods.METHODS.items()}
     assert {name for name, kind in kinds.items() if kind == "classical"} == set(classical.METHODS)
-    assert set(kinds.values()) == {"network", "classical", "reference"}
+    assert set(kinds.values()) == {"network", "classical", "posterior", "bound", "reference"}
     for name in [name for name, kind in kinds.items() if kind == "network"]:
-        assert Method.parse(name).p in (1, 2)
+        assert Method.parse(name).loss in LOSSES
 
 
 def test_no_two_methods_share_a_label_or_a_colour_and_no_two_networks_a_marker():

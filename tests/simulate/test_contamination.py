@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryo_lib.simulate import projection
-from cryo_lib.simulate.contamination import HARDER, Views, contaminate
+from cryo_lib.simulate.contamination import HARDER, Views, contaminate, correlations, screen
 
 
 @pytest.fixture
@@ -192,3 +192,58 @@ def test_one_pair_cannot_be_swapped_and_one_conformation_has_no_other(views):
         contaminate(x, y, "S", 1 / 40, 0)
     with pytest.raises(ValueError, match="kind O: expected volumes of two or more conformations, got 1"):
         contaminate(x, y, "O", 0.5, 0, views=Views(source.volumes[:1], source.rotations, 0 * source.conformations))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """400 pairs of blobs in white noise at SNR 0.2: like the paper's, a good pair correlates by 0.41 +- 0.03."""
+    rng = np.random.default_rng(3)
+    at, rows, columns = rng.uniform(8, 16, (2, 400, 1, 1)), np.arange(24)[:, None], np.arange(24)
+    x = np.exp(-((rows - at[0]) ** 2 + (columns - at[1]) ** 2) / rng.uniform(4, 30, (400, 1, 1)))
+    noise = rng.standard_normal((40, *x.shape)).astype(np.float32)
+    return x, x + noise * (x.std(axis=(1, 2), keepdims=True) / np.sqrt(0.2)).astype(np.float32)
+
+
+def test_correlations_are_pearsons(world):
+    x, y = world
+    expected = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(x[:5], y[0, :5])]
+    np.testing.assert_allclose(correlations(x[:5], y[0, :5]), expected, rtol=1e-6)
+
+
+def test_a_screen_of_good_pairs_leaves_some_out_as_rarely_as_its_rate_says(world):
+    """Where no pair is bad, the rate is that of leaving any out: 0.1 of 40 draws, rarely above 10."""
+    x, noisy = world
+    assert sum(not screen(x, y, 0.1).all() for y in noisy) <= 10
+
+
+@pytest.mark.parametrize("kind", "ABCS")
+@pytest.mark.parametrize("eps", [0.05, 0.3, 0.45])
+def test_a_screen_finds_bad_pairs_and_few_good_ones_go_with_them(world, kind, eps):
+    x, noisy = world
+    mistakes, found = [], []
+    for seed, y in enumerate(noisy[:8]):
+        *pairs, bad = contaminate(x, y, kind, eps, seed)
+        left_out = ~screen(*pairs, 0.1)
+        mistakes.append((left_out & ~bad).sum() / max(1, left_out.sum()))
+        found.append(left_out[bad].mean())
+    assert np.mean(mistakes) < 0.1 + 3 * 0.1 / np.sqrt(8) and np.mean(found) > (0.99 if kind != "S" else 0.7)
+
+
+@pytest.mark.parametrize(
+    "count, fdr, message",
+    [
+        (19, 0.05, "pairs: expected at least 20"),
+        (30, 0, "fdr: expected a finite number > 0"),
+        (30, 0.6, "fdr: expected"),
+    ],
+)
+def test_a_screen_names_bad_input(world, count, fdr, message):
+    with pytest.raises(ValueError, match=message):
+        screen(world[0][:count], world[1][0, :count], fdr)
+
+
+def test_a_constant_image_has_no_correlation(world):
+    x = world[0][:30].copy()
+    x[7] = 0.5
+    with pytest.raises(ValueError, match="got a constant one in pair 7"):
+        screen(x, world[1][0, :30])
