@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import accuracy, curves, denoise, geometry, growth, steps, tables
+from benchmarks import accuracy, curves, denoise, geometry, growth, posterior, steps, tables
 from benchmarks.sizes import Size, size_of
 from benchmarks.worker import ROOT
 from cryo_lib import checks
@@ -22,6 +22,7 @@ from cryo_lib.paper.report import insert
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {"steps": steps.run, "denoise": denoise.run}
 MEASUREMENTS |= {"memory": denoise.run_memory, "geometry": geometry.run, "growth": growth.run, "accuracy": accuracy.run}
+MEASUREMENTS["posterior"] = posterior.run
 FOLDERS = {"full": ROOT / "benchmarks" / "results", "quick": ROOT / "build" / "benchmarks"}
 
 

@@ -175,16 +175,17 @@ def memory_growth(size: Size, scratch: Path) -> list[dict[str, Any]]:
 
 def run(device: str, size: Size) -> dict[str, Any]:
     """The comparison with Topaz-Denoise, in files that are removed afterwards."""
-    with _scratch() as folder:
+    with scratch_folder() as folder:
         return compare(device, size, Path(folder))
 
 
 def run_memory(device: str, size: Size) -> list[dict[str, Any]]:
     """The growth of memory with the stack, on the host whatever the device, in files that are removed afterwards."""
-    with _scratch() as folder:
+    with scratch_folder() as folder:
         return memory_growth(size, Path(folder))
 
 
-def _scratch() -> tempfile.TemporaryDirectory:
+def scratch_folder() -> tempfile.TemporaryDirectory:
+    """A folder for stacks, on the disk of this repository."""
     TOPAZ.parent.mkdir(exist_ok=True)
     return tempfile.TemporaryDirectory(prefix="bench-", dir=TOPAZ.parent)

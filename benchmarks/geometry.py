@@ -16,6 +16,13 @@ from cryo_lib.simulate import projection
 CPU = torch.device("cpu")
 
 
+def ball(size: int) -> np.ndarray:
+    """A volume of random voxels, `size` a side, within a ball as a particle fills its box."""
+    axis = (np.arange(size) - size // 2) / (size / 2)
+    inside = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 0.64
+    return np.random.default_rng(0).random(inside.shape, np.float32) * inside
+
+
 def rates(size: int, images: int) -> Callable[..., dict[str, Any]]:
     """A measurement of so many projections of a volume of `size` voxels a side, and of the reconstruction from them.
 
@@ -23,9 +30,7 @@ def rates(size: int, images: int) -> Callable[..., dict[str, Any]]:
     -------
     A function that takes nothing and returns `project` and `reconstruct` in images/s.
     """
-    axis = (np.arange(size) - size // 2) / (size / 2)
-    ball = axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < 0.64  # as a particle fills its box
-    volume = np.random.default_rng(0).random(ball.shape, np.float32) * ball
+    volume = ball(size)
     rotations = projection.random_rotations(images, 0)
     projections = projection.project(volume, rotations)
     reconstruction.reconstruct(projections[:16], rotations[:16])

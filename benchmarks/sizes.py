@@ -57,6 +57,8 @@ class Size:
     geometry : size (px), and images, the projections made and reconstructed from.
     accuracy : of the trainings whose PSNR is compared by precision: size (px), width, batch, pairs, validation
         (images), epochs, seeds.
+    posterior : of the stack denoised by our network and by the posterior over references: size (px), width, images in
+        all, batch (of the network), references, and repeats. posterior_growth : numbers of references, and of images.
     growth : curves of the training. growth_seconds, growth_repeats : of the timings of each of their points.
     """
 
@@ -72,6 +74,8 @@ class Size:
     growth_seconds: float
     growth_repeats: int
     accuracy: dict[str, int]
+    posterior: dict[str, int]
+    posterior_growth: dict[str, tuple[int, ...]]
     precisions: tuple[str, ...] = ("float32", "bf16")  # of the CPU; a GPU has tf32 as well
 
 
@@ -94,9 +98,12 @@ def size_of(name: str, device: str) -> Size:
             growth_seconds=0.1,
             growth_repeats=2,
             accuracy={"size": 32, "width": 2, "batch": 8, "pairs": 32, "validation": 8, "epochs": 1, "seeds": 2},
+            posterior={"size": 32, "width": 2, "images": 8, "batch": 8, "references": 20, "repeats": 2},
+            posterior_growth={"references": (20, 40), "images": (8, 16)},
         )
     both = {"memory_images": (10**3, 10**4, 10**5, 10**6), "memory_star": 10**5}
     both |= {"growth_seconds": 1.0, "growth_repeats": 3}
+    both["posterior_growth"] = {"references": (1_000, 4_000, 16_000), "images": (100, 400, 1_600)}
     if device == "cpu":
         return Size(
             steps=(
@@ -115,6 +122,7 @@ def size_of(name: str, device: str) -> Size:
             geometry={"size": 64, "images": 1000},
             **both,
             accuracy={"size": 48, "width": 8, "batch": 10, "pairs": 1800, "validation": 200, "epochs": 1, "seeds": 3},
+            posterior={"size": 128, "width": 64, "images": 100, "batch": 16, "references": 2_000, "repeats": 3},
         )
     return Size(
         steps=(Configuration("Paper, 128 px, width 64", 128, 64, 20, 5000, "bf16", PAPER, 1.0, 5),),
@@ -131,4 +139,5 @@ def size_of(name: str, device: str) -> Size:
         geometry={"size": 128, "images": 2000},
         **both,
         accuracy={"size": 128, "width": 64, "batch": 20, "pairs": 5000, "validation": 200, "epochs": 1, "seeds": 3},
+        posterior={"size": 128, "width": 64, "images": 400, "batch": 100, "references": 25_000, "repeats": 3},
     )

@@ -223,8 +223,43 @@ def _accuracy(results: Results) -> str:
     return f"## Accuracy by precision\n\n{said}" + markdown(pd.DataFrame(rows))
 
 
+def _posterior(results: Results) -> str:
+    measured = results["posterior"]
+    chosen, rates = measured["configuration"], {row["denoiser"]: row["images_per_s"] for row in measured["rows"]}
+    table = pd.DataFrame(
+        {
+            "Denoiser": row["denoiser"],
+            "images/s": _rate(row["images_per_s"]),
+            "Before (s)": f"{row['prepare']:.1f}",
+            "Peak memory (MiB)": _mib(row["peak_memory"]),
+        }
+        for row in measured["rows"]
+    )
+    points = [
+        {
+            "Axis": row["axis"].capitalize(),
+            "Value": f"{row['value']:,}",
+            "Rest": ", ".join(f"{name} {value:,}" for name, value in row["options"].items() if name != row["axis"]),
+            "Before (s)": f"{row['prepare']:.1f}",
+            "Sum (s)": f"{row['seconds']:.1f}",
+            "Peak memory (MiB)": _mib(row["peak_memory"]),
+        }
+        for row in measured["growth"]
+    ]
+    return (
+        f"## Posterior\n\nA stack of {chosen['images']:,} images of {chosen['size']} px, from file to file: the "
+        f"posterior mean over {chosen['references']:,} references and their turns, and the residual network of width "
+        f"{chosen['width']} in float32, {chosen['batch']} images a batch. Images are noise, for which the posterior "
+        "takes longest. Before: the references are expanded in a basis, once for all stacks. Posterior over network, "
+        "images/s: "
+        f"{_spread(ratios(rates, 'Posterior', 'Network'))}, of pairs of timings.\n\n{markdown(table)}\n"
+        "Growth of the posterior; on the CPU with one thread for the sum. Memory is that of the process, with its "
+        f"references.\n\n{markdown(pd.DataFrame(points))}"
+    )
+
+
 SECTIONS = {"steps": _steps, "denoise": _denoise, "memory": _memory}
-SECTIONS |= {"geometry": _geometry, "growth": _growth, "accuracy": _accuracy}
+SECTIONS |= {"geometry": _geometry, "growth": _growth, "accuracy": _accuracy, "posterior": _posterior}
 
 
 def _machine(results: Results) -> str:

@@ -48,7 +48,7 @@ def growth(
         grid = directions(each // 2**step - before, [seed, step])
         for start in range(0, len(grid), CHUNK):
             for label in range(count):
-                total.add(templates.coefficients(label, grid[start : start + CHUNK]), label)
+                total.add(templates.coefficients(label, grid[start : start + CHUNK]), label, scores=False)
         before += len(grid)
         yield total.count, total.result()
 

@@ -29,7 +29,6 @@ TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
 COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they are made four times as dense
 TOGETHER = 8  # images that share their fine templates
 ROWS = 4096  # images, times shifts, that are held at a time
-PART = 1024  # references that are summed at a time
 BELOW = 18.0, 0.05  # nats below an image's best coarse direction that one may be, and this share of the best besides
 
 
@@ -62,8 +61,8 @@ class References:
         temperature = checks.number("temperature", temperature, low=1)
         if temperature > 1 and any(value is not None for value in given.values()):
             raise ValueError(
-                f"temperature: expected 1 with {', '.join(given)}, got {temperature}; the local model knows white "
-                "noise and centred particles only"
+                f"temperature: expected 1 with a transfer, a spectrum or shifts, got {temperature}; the local model "
+                "knows white noise and centred particles only"
             )
         return _joined([total.result(self._estimate(total, temperature)) for total in self._sums(y, sigma, **given)])
 
@@ -72,8 +71,7 @@ class References:
         for images, of_images in _portions(y, sigma, **given):
             total = PosteriorSum(self.basis, images, **of_images)
             total.check_scale(self.coefficients)
-            for part in self.coefficients.split(PART):
-                total.add(part)
+            total.add(self.coefficients, scores=False)
             yield total
 
     def _estimate(self, total: PosteriorSum, temperature: float) -> Tensor:

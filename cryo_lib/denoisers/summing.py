@@ -146,9 +146,9 @@ class PosteriorSum:
             device.type == "cuda"
         )  # what is negligible is summed as well: leaving it out waits for the GPU
         few, many = TOGETHER[device.type]
-        self._products = torch.zeros(
-            min(few, len(self.y)), many, self.angles // 2 + 1, dtype=self.y.dtype, device=device
-        )
+        pairs, options = min(few, len(self.y)) * many, {"dtype": self.y.dtype, "device": device}
+        self._products = torch.zeros(pairs * len(basis.blocks), **options)
+        self._padded = torch.zeros(pairs, self.angles // 2 + 1, **options)
         self._empty()
 
     def _empty(self) -> None:
@@ -206,20 +206,25 @@ class PosteriorSum:
                 "subtract the background of the images, protein bright, and divide them by their contrast"
             )
 
-    def add(self, references: Tensor, label: int = 0) -> Tensor:
+    def add(self, references: Tensor, label: int = 0, scores: bool = True) -> Tensor | None:
         """Take up references, coefficients `(m, d)`, of one label; they are numbered on.
 
         Returns
         -------
         `(n, m)`, the log likelihood of each image and reference at its best angle and shift, less that of noise alone.
+        None where `scores` are not asked for: on a CPU, references then cost less that can neither count in the sum nor
+        be among the most likely, since a bound over all angles is below both.
         """
         few, many = TOGETHER[self.basis.device.type]
         found = []
         for part in references.split(many):
             energy = self._of_rows(self._energy(part))
             rows = [slice(start, start + few) for start in range(0, len(self.y), few)]
-            found.append(torch.cat([self._add(each, part, energy[each], label) for each in rows]))
+            best = [self._add(each, part, energy[each], label, scores or self.everything) for each in rows]
+            found += [torch.cat(best)] if scores else []
             self.count += len(part)
+        if not scores:
+            return None
         best = torch.cat(found, 1)
         return best if len(self.shifts) == 1 else best.unflatten(0, (-1, len(self.shifts))).amax(1)
 
@@ -229,38 +234,77 @@ class PosteriorSum:
             return part.abs().square().sum(1).expand(self.n, -1)
         return self.rings @ self.basis.power(part).T
 
-    def _add(self, rows: slice, part: Tensor, energy: Tensor, label: int) -> Tensor:
+    def _add(self, rows: slice, part: Tensor, energy: Tensor, label: int, every: bool) -> Tensor:
+        """Take up references for some rows; the likelihood of each pair `(rows, m)`, -inf where it cannot matter."""
         blocks, precision = self.basis.blocks, self.precision[rows, None]
         y, conjugate = self.y[rows] * (precision * self._halves), part.conj().T
-        products = self._products[: len(y), : len(part)]  # 0 beyond the last k
+        shape = len(y), len(part)
+        products = self._products[: math.prod(shape) * len(blocks)].view(len(blocks), *shape)
         for k, block in enumerate(blocks):
-            products[:, :, k] = y[:, block] @ conjugate[block]
-        products[:, :, 0] -= 0.5 * precision * energy
-        likelihoods = torch.fft.irfft(products, n=self.angles, norm="forward")
-        best = likelihoods.amax(2)
-        self._remember(rows, best, likelihoods)
+            torch.mm(y[:, block], conjugate[block], out=products[k])
+        products[0] -= 0.5 * precision * energy
+        pairs = slice(None) if every else self._possible(rows, products)
+        best = torch.full(shape, -math.inf, device=y.device)
+        if isinstance(pairs, Tensor) and not len(pairs):
+            return best
+        likelihoods = self._of_angles(products.flatten(1).T[pairs])
+        best.view(-1)[pairs] = likelihoods.amax(1)
         largest = torch.maximum(self.largest[rows], best.amax(1))
+        self._remember(rows, best, likelihoods, pairs)
         shrunk = torch.exp(self.largest[rows] - largest)[:, None]
         self.largest[rows] = largest
         self.mean[rows] *= shrunk
         self.total[rows] *= shrunk
-        if not self.everything:
-            (chosen,) = torch.nonzero((best > largest[:, None] - NEGLIGIBLE).any(0), as_tuple=True)
-            if not len(chosen):
-                return best
-            part, likelihoods = part[chosen], likelihoods[:, chosen]
-        weights = torch.exp(likelihoods - largest[:, None, None])
-        turned = torch.fft.rfft(weights)  # sum over angles of w exp(-1j k phi), the factor of a turned reference
-        self.total[rows, label] += turned[:, :, 0].real.sum(1)
+        if not self.everything and not (best > largest[:, None] - NEGLIGIBLE).any():
+            return best
+        turned, used = self._weights(best, likelihoods, largest, pairs)
+        self.total[rows, label] += turned[0].real.sum(1)
         for k, block in enumerate(blocks):
-            self.mean[rows, block] += turned[:, :, k] @ part[:, block]
+            self.mean[rows, block] += turned[k] @ part[used, block]
         return best
 
-    def _remember(self, rows: slice, best: Tensor, likelihoods: Tensor) -> None:
+    def _possible(self, rows: slice, products: Tensor) -> Tensor | slice:
+        """Which pairs, numbered, may be likely: the sum of |products| bounds the likelihood at every angle."""
+        least = torch.minimum(self.largest[rows] - NEGLIGIBLE, self.likelihoods[rows, -1])[:, None]
+        for some in (slice(1), slice(None)):  # one row tells whether the bound is worth its cost
+            possible = 2 * products[1:, some].abs().sum(0) + products[0, some].real > least[some]
+            if 2 * int(possible.sum()) > possible.numel():
+                return slice(None)
+        return torch.nonzero(possible.view(-1), as_tuple=True)[0]
+
+    def _of_angles(self, products: Tensor) -> Tensor:
+        """Likelihoods `(pairs, angles)` of products `(pairs, k)`."""
+        padded = self._padded[: len(products)]  # 0 beyond the last k
+        padded[:, : products.shape[1]] = products
+        return torch.fft.irfft(padded, n=self.angles, norm="forward")
+
+    def _weights(
+        self, best: Tensor, likelihoods: Tensor, largest: Tensor, pairs: Tensor | slice
+    ) -> tuple[Tensor, Tensor | slice]:
+        """Sums over angles of w exp(-1j k phi), by which references are turned, `(k, rows, used)`; and those used."""
+        n, m, count = *best.shape, len(self.basis.blocks)
+        if self.everything:
+            weights = torch.exp(likelihoods.view(n, m, -1) - largest[:, None, None])
+            return torch.fft.rfft(weights)[..., :count].permute(2, 0, 1), slice(None)
+        row, column = torch.nonzero(best > largest[:, None] - NEGLIGIBLE, as_tuple=True)
+        chosen = self._places(best, likelihoods, pairs)[row, column]
+        weights = torch.exp(likelihoods[chosen] - largest[row, None])
+        used, place = torch.unique(column, return_inverse=True)
+        turned = self.y.new_zeros(count, n, len(used))
+        turned[:, row, place] = torch.fft.rfft(weights)[:, :count].T
+        return turned, used
+
+    def _places(self, best: Tensor, likelihoods: Tensor, pairs: Tensor | slice) -> Tensor:
+        """Which of the likelihoods are those of each pair, `(rows, m)`; any where there are none."""
+        places = torch.zeros(best.shape, dtype=torch.long, device=best.device)
+        places.view(-1)[pairs] = torch.arange(len(likelihoods), device=best.device)
+        return places
+
+    def _remember(self, rows: slice, best: Tensor, likelihoods: Tensor, pairs: Tensor | slice) -> None:
         """Keep the most likely of the references known so far and of those that have come."""
+        places = self._places(best, likelihoods, pairs)
         best, new = best.topk(min(NEIGHBOURS, best.shape[1]))
-        at = new[:, :, None].expand(-1, -1, likelihoods.shape[2])
-        turns = likelihoods.gather(1, at).argmax(2) * (2 * math.pi / self.angles)
+        turns = likelihoods[places.gather(1, new)].argmax(2) * (2 * math.pi / self.angles)
         self.likelihoods[rows], index = torch.cat([self.likelihoods[rows], best], 1).topk(NEIGHBOURS)
         self.numbers[rows] = torch.cat([self.numbers[rows], new + self.count], 1).gather(1, index)
         self.turns[rows] = torch.cat([self.turns[rows], turns], 1).gather(1, index)

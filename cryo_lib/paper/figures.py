@@ -254,8 +254,8 @@ def reconstructions(
     Parameters
     ----------
     maps : title -> 8-bit volume `(n, n, n)`, [z, y, x]. letters : of the maps, then of the FSC, "" for none.
-    labels : stack (`clean`, `noisy` or `study/method/...`) -> what the legend calls it; those below `halves/`, of two
-        networks, are drawn dashed.
+    labels : stack (`clean`, `noisy` or `study/method/...`) -> what the legend calls it; those below `halves/` or
+        `posterior_halves/`, of a denoiser for each half-set, are drawn dashed.
     curves : the rows of `results/<scale>/fsc.csv`.
     relion : `results/<scale>/relion.json`; its curves are drawn dotted, and where it was left out the legend says so.
         None where it has no part.
@@ -280,7 +280,7 @@ def reconstructions(
     for stack, label in labels.items():
         rows = curves[curves["stack"] == stack]
         colour = METHODS[stack.split("/")[1] if "/" in stack else stack].colour
-        style = {"color": colour, "ls": "--" if stack.startswith("halves/") else "-", "label": label}
+        style = {"color": colour, "ls": "--" if stack.split("/")[0].endswith("halves") else "-", "label": label}
         halves.plot(rows["frequency"], rows["halves_corrected"], **style)
         truth.plot(rows["frequency"], rows["truth_masked"], **style)
         if refined := relion and relion["stacks"].get(stack):

@@ -15,6 +15,12 @@ from cryo_lib.paper import methods
 
 HIGHER_IS_BETTER = {"mse": False, "psnr": True, "ssim": True}
 KEYS = ["method", "experiment", "seed"]
+DENOISERS = {  # of a stack, by the first word of its path; of other words one network
+    "halves": "two networks, disjoint pairs",
+    "screened": "one network, screened pairs",
+    "posterior": "all references",
+    "posterior_halves": "disjoint halves of the references",
+}
 
 
 def score(x: Any, x_hat: Any, method: str, experiment: str, seed: int | None = None) -> pd.DataFrame:
@@ -144,9 +150,7 @@ def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
     known = methods.labels() | {"noisy": "Noisy images"}
     words = [name.split("/") for name in table.index]
     described = pd.DataFrame({"Images": [known.get(part := (word[1:2] or word)[0], part) for word in words]})
-    described["Networks"] = [
-        {"halves": "two, disjoint pairs"}.get(word[0], "one") if word[1:] else "—" for word in words
-    ]
+    described["Denoiser"] = [DENOISERS.get(word[0], "one network") if word[1:] else "—" for word in words]
     if any(word[2:] for word in words):
         described["Contamination of their references"] = [word[2].split("-")[2] if word[2:] else "—" for word in words]
     titles = ["Half-maps", "Half-maps, masked", "Half-maps, masked and corrected", truth, f"{truth}, masked"]

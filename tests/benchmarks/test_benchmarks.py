@@ -181,6 +181,14 @@ def test_a_quick_run_writes_numbers_tables_and_curves(quick):
     assert all(row["peak_memory"] >= row["before"] > 0 for row in results["memory"])
     named = {row["denoiser"] for row in results["denoise"]["rows"]}
     assert "Ours, float32" in named
+    posterior = results["posterior"]
+    assert [row["denoiser"] for row in posterior["rows"]] == ["Network", "Posterior"]
+    assert [(row["axis"], row["value"]) for row in posterior["growth"]] == [
+        *(("references", value) for value in (20, 40)),
+        *(("images", value) for value in (8, 16)),
+    ]
+    ratio = np.median(np.divide(*(row["images_per_s"] for row in posterior["rows"][::-1])))
+    assert f"Posterior over network, images/s: {ratio:.2f} (" in (quick / "cpu.md").read_text()
     measured = any(name.startswith("Topaz") for name in named)
     assert measured == results["denoise"]["topaz_installed"] == denoise.installed()
 

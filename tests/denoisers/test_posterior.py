@@ -12,6 +12,7 @@ from cryo_lib.denoisers.steerable import Basis
 from cryo_lib.denoisers.summing import PosteriorSum, noise_level
 from cryo_lib.denoisers.templates import directions
 from cryo_lib.evaluate.metrics import psnr
+from cryo_lib.simulate.ctf import ctf
 from cryo_lib.simulate.projection import project, random_rotations, rescale
 from tests.simulate.blobs import Blobs
 
@@ -134,6 +135,71 @@ def test_the_sum_does_not_depend_on_the_parts_that_it_is_taken_in(world):
     assert (parts.reference == whole.reference).all()
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 3.0])
+def test_what_is_left_out_matters_to_nothing(world, sigma):
+    """References that the bound discards, against every pair; and the sum as a GPU takes it, which leaves out none."""
+    _, _, references, x, *_ = world
+    kept, y = References(references, 1e-6, "cpu"), noisy(x, sigma)
+    order = torch.randperm(120)
+    sums = [PosteriorSum(kept.basis, y, sigma) for _ in range(3)]
+    sums[2].everything = True
+    for part in kept.coefficients[order].split(40):
+        discarded = [total.add(part, scores=scores) for total, scores in zip(sums, (True, False, False))][1]
+        assert discarded is None
+    exact = sums[0].result()
+    for total in sums[1:]:
+        result = total.result()
+        np.testing.assert_allclose(result.x_hat, exact.x_hat, atol=1e-4)
+        np.testing.assert_allclose(result.evidence, exact.evidence, rtol=1e-4, atol=1e-3)
+        assert (result.reference == exact.reference).all() and (total.numbers == sums[0].numbers).float().mean() > 0.99
+        torch.testing.assert_close(total.likelihoods, sums[0].likelihoods, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("sigma", "least", "most"), [(0.05, 0.1, 0.7), (3.0, 1, 1)])
+def test_few_pairs_are_transformed_where_there_is_little_noise(world, sigma, least, most):
+    volumes, _, _, x, *_ = world
+    kept = References(rescale(project(volumes[0], random_rotations(600, 5))), 1e-6, "cpu")
+    total, count = PosteriorSum(kept.basis, noisy(x, sigma), sigma), []
+    whole = total._of_angles
+    total._of_angles = lambda products: (count.append(len(products)), whole(products))[1]
+    for part in kept.coefficients.split(100):
+        total.add(part, scores=False)
+    assert least <= sum(count) / (600 * 40) <= most
+
+
+def moved(images, shift):
+    """Images moved by whole pixels (x, y)."""
+    return np.roll(images, (shift[1], shift[0]), axis=(1, 2))
+
+
+def test_shifts_are_those_of_the_brute_force_sum(world, turns):
+    references, x = world[2][:20], world[3][:12]
+    rng = np.random.default_rng(4)
+    grid = [(i, j) for i in (-2, 0, 2) for j in (-2, 0, 2) if abs(i) + abs(j) < 4]
+    chosen = rng.integers(0, len(grid), len(x))
+    x = np.concatenate([moved(each[None], grid[c]) for each, c in zip(x, chosen)])
+    for sigma in (0.15, 0.6):
+        y = noisy(x, sigma)
+        expected, evidence = brute_force(y, np.concatenate([moved(turns[::2], shift) for shift in grid]), sigma)
+        posterior = References(references, 1e-6, "cpu").posterior(y, sigma, shifts=(2, 2))
+        assert psnr(x, posterior.x_hat).mean() == pytest.approx(psnr(x, expected).mean(), abs=0.05)
+        np.testing.assert_allclose(posterior.evidence, evidence, rtol=0.01, atol=0.1)
+        centred = posterior_mean(y, references, sigma)
+        np.testing.assert_array_equal(posterior_mean(y, references, sigma, shifts=(0, 1)), centred)
+    assert not References(references, 1e-6, "cpu").posterior(y, sigma).shift.any()
+
+
+def test_maps_find_the_shift_of_each_image(world):
+    volume, poses = world[0][0], world[1][:10]
+    shifts = np.random.default_rng(3).integers(-2, 3, (10, 2)).astype(float)
+    x = rescale(project(volume, poses, shifts))
+    given = {"coarse": 200, "levels": 1}
+    found = posterior_map(noisy(x, 0.1), [volume], 0.1, shifts=(3, 1), **given)
+    assert np.abs(found.shift - shifts).mean() < 0.4
+    centred = posterior_map(noisy(x, 0.1), [volume], 0.1, **given)
+    assert psnr(x, found.x_hat).mean() > psnr(x, centred.x_hat).mean() + 3
+
+
 def test_the_evidence_tells_particles_from_noise_alone(world):
     _, _, references, x, *_ = world
     kept, sigma = References(references, 1e-6, "cpu"), 0.6
@@ -198,6 +264,22 @@ def test_the_bound_grows_with_its_templates_and_maps_converge_to_it(world):
     np.testing.assert_allclose(bound.bayes_mean(y, volumes, sigma, 400, 3).shape, x.shape)
 
 
+def test_with_a_ctf_maps_converge_to_its_bound_and_beat_those_without(world):
+    volumes, x = world[0], world[3]
+    names = ("DefocusAngle", "PhaseShift", "SphericalAberration", "AmplitudeContrast", "CtfBfactor")
+    parameters = {f"rln{name}": np.full(40, value) for name, value in zip(names, (20.0, 0.0, 2.7, 0.1, 0.0))}
+    parameters |= {"rlnVoltage": np.full(40, 300.0), "rlnCtfScalefactor": np.ones(40)}
+    defocus = np.random.default_rng(5).uniform(8000, 20000, 40)
+    transfer = ctf(parameters | {"rlnDefocusU": defocus + 300, "rlnDefocusV": defocus}, N, 5.0)
+    y = noisy(fft.irfft2(fft.rfft2(x) * transfer, s=x.shape[1:]), 0.2, 6)
+    given = {"transfer": transfer, "spectrum": np.ones(N // 2 + 1)}
+    ((_, best),) = bound.growth(y, volumes, 0.2, 2000, 0, doublings=0, **given)
+    ours = posterior_map(y, volumes, 0.2, coarse=200, levels=2, **given)
+    assert psnr(x, ours.x_hat).mean() > psnr(x, best.x_hat).mean() - 0.3
+    ignorant = bound.bayes_mean(y, volumes, 0.2, 1000, 0)
+    assert psnr(x, ours.x_hat).mean() > psnr(x, ignorant).mean() + 1
+
+
 def test_a_map_gives_the_pose_of_each_image(world):
     volumes, poses, _, x, chosen, degrees = world
     first = chosen < 60
@@ -207,10 +289,42 @@ def test_a_map_gives_the_pose_of_each_image(world):
     assert np.rad2deg(np.median(errors)) < 4
 
 
-@pytest.mark.parametrize("sigma", [0, -1.0, np.nan, np.ones(3)])
+def test_the_temperature_is_that_of_the_least_loss_and_references_are_summed_once(world, monkeypatch):
+    _, _, references, x, *_ = world
+    kept, y, added = References(references, 1e-6, "cpu"), noisy(x, 0.1), []
+    add = PosteriorSum.add
+    monkeypatch.setattr(PosteriorSum, "add", lambda self, *given, **named: added.append(add(self, *given, **named)))
+    chosen = choose_temperature(kept, x, y, 0.1, among=(1.0, 3.0, 9.0))
+    assert len(added) == 1
+    losses = [np.log(np.square(kept.posterior(y, 0.1, t).x_hat - x).mean(axis=(1, 2))).mean() for t in (1.0, 3.0, 9.0)]
+    assert chosen == (1.0, 3.0, 9.0)[int(np.argmin(losses))]
+
+
+@pytest.mark.parametrize("change", [lambda y: 10 * y, lambda y: y + 5, lambda y: -y, lambda y: 0.02 * y])
+def test_another_grey_scale_is_named(world, change):
+    volumes, _, references, x, *_ = world
+    y = change(noisy(x, 0.1))
+    sigma = float(noise_level(y).mean())
+    for work in (lambda: posterior_mean(y, references, sigma), lambda: posterior_map(y, volumes, sigma, coarse=50)):
+        with pytest.raises(ValueError, match="y: expected images on the grey scale of the references, got a median"):
+            work()
+
+
+def test_contaminated_stacks_and_strong_noise_are_on_the_grey_scale(world):
+    _, _, references, x, *_ = world
+    kept = References(references, 1e-6, "cpu")
+    for seen, sigma in ((noisy(x, 5.0), 5.0), (noisy(np.concatenate([x[:12], 0 * x[:20], 20 * x[:5]]), 0.3), 0.3)):
+        assert np.isfinite(kept.posterior(seen, sigma).x_hat).all()
+    for each in noisy(x, 0.3)[:5]:
+        kept.posterior(each[None], 0.3)
+
+
+@pytest.mark.parametrize("sigma", [0, -1.0, np.nan, np.inf, None, "white", np.ones(3)])
 def test_a_noise_level_that_is_none_is_named(world, sigma):
     with pytest.raises(ValueError, match="sigma: expected the noise's sd, one finite number > 0 or 40, got"):
         posterior_mean(world[3], world[2], sigma)
+    with pytest.raises(ValueError, match="sigma: expected the noise's sd, one finite number > 0 or 40, got"):
+        posterior_map(world[3], world[0], sigma, coarse=10)
 
 
 def test_what_does_not_go_together_is_named(world):
@@ -224,9 +338,21 @@ def test_what_does_not_go_together_is_named(world):
         kept.posterior(x, 0.1, transfer=np.ones((40, N, N)))
     with pytest.raises(ValueError, match="spectrum: expected 17 finite powers > 0"):
         kept.posterior(x, 0.1, spectrum=np.zeros(17))
-    with pytest.raises(ValueError, match="temperature: expected 1 with a transfer or a spectrum"):
+    with pytest.raises(ValueError, match="temperature: expected 1 with a transfer, a spectrum or shifts, got 2"):
         kept.posterior(x, 0.1, 2.0, spectrum=np.ones(17))
     with pytest.raises(ValueError, match="references: expected one or more, got none"):
         PosteriorSum(kept.basis, x, 0.1).result()
+    with pytest.raises(ValueError, match="references: expected images of shape .* got .0, 32, 32"):
+        posterior_mean(x, references[:0], 0.1)
+    with pytest.raises(ValueError, match="references: expected images that show something, got 3 that are 0"):
+        posterior_mean(x, 0 * references[:3], 0.1)
+    with pytest.raises(ValueError, match="x, y: expected two or more pairs of one size, got shapes .1, 32, 32"):
+        choose_temperature(kept, x[:1], x[:1], 0.1)
+    with pytest.raises(ValueError, match="y: expected noise outside the particle, got none in 1 of 2 images"):
+        noise_level(np.stack([noisy(x, 0.1)[0], np.zeros((N, N))]))
+    with pytest.raises(ValueError, match="shifts: expected less than half of the box of 32 px"):
+        kept.posterior(x, 0.1, shifts=(16, 4))
+    with pytest.raises(ValueError, match="shifts: expected reach and step, px, such as"):
+        kept.posterior(x, 0.1, shifts=4)
     with pytest.raises(ValueError, match="volumes: expected one or more, got none"):
         posterior_map(x, [], 0.1)

@@ -74,7 +74,9 @@ def resolution():
 
 def test_every_stack_of_the_scale_is_reconstructed(resolution):
     export = read_scale(ROOT / "scales" / "laptop.yaml")["export"]
-    assert set(resolution.index) == {"clean", "noisy", *export["stack_runs"], *export["stack_halves"]}
+    sets = {f"posterior/posterior/{name}" for name in export["stack_references"]}
+    sets |= {f"posterior_halves/posterior/{name}" for name in export["stack_reference_halves"]}
+    assert set(resolution.index) == {"clean", "noisy", *export["stack_runs"], *export["stack_halves"], *sets}
 
 
 def test_clean_images_give_the_volume_and_independent_noise_lets_half_maps_tell_the_truth(resolution):
