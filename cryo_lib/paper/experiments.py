@@ -14,8 +14,7 @@ from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
 KEYS = {*"scale structure data baselines posterior screening studies supplement_studies particle_studies kinds".split()}
-KEYS |= {"study", "train", "export", "reconstruct", "relion", "assign", "particles", "pairs", "denoise"}
-KEYS |= {"junk", "weights"}
+KEYS |= {*"study train export reconstruct relion assign particles pairs denoise junk weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 

@@ -45,11 +45,15 @@ def stages(pipeline: dict[str, Any], scale: str) -> list[Stage]:
 def placed(found: list[Stage]) -> dict[Stage, list[Stage]]:
     """Each stage that shows results, and the stages before it whose tables are shown with it: the first made of them.
 
+    A stage of a lower number that draws a figure no other stage is made of shows itself, before the last.
+
     ValueError where a table belongs to no stage that shows results.
     """
-    shown = {stage: [] for stage in found if stage.notebook >= FIRST}
+    late, used = [stage for stage in found if stage.notebook >= FIRST], {dep for stage in found for dep in stage.deps}
+    own = [s for s in found if s.notebook < FIRST and s.made("figures", ".png") and not used & set(s.outs)]
+    shown = {stage: [] for stage in (*late[:-1], *own, *late[-1:])}
     for stage in found:
-        if stage.notebook < FIRST and (made := stage.made("results", ".md")):
+        if stage not in shown and (made := stage.made("results", ".md")):
             home = next((later for later in shown if set(later.deps) & set(stage.outs)), None)
             if home is None:
                 raise ValueError(f"dvc.yaml: no notebook from {FIRST} on is made of what {stage.name} makes ({made})")

@@ -117,6 +117,17 @@ def test_a_table_that_nothing_shows_is_refused(house):
         report.results("small")
 
 
+def test_a_notebook_before_the_others_that_draws_a_figure_shows_itself_before_the_last(house):
+    pipeline = yaml.safe_load((house / "dvc.yaml").read_text())
+    pipeline["stages"]["maps"]["outs"] += ["figures/${item.scale}/maps.png"]
+    pipeline["stages"]["a"]["deps"].pop()
+    (house / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    fill(house)
+    text = report.results("small")
+    found = [text.index(part) for part in ("## Maps", "figures/small/maps.png", "| 8.5 |", "## A")]
+    assert found == sorted(found) and text.count("| 8.5 |") == 1
+
+
 def test_insert_replaces_only_what_is_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("a\n<!-- t -->\nold\n<!-- /t -->\nb\n")
