@@ -107,7 +107,7 @@ class Dataset:
 
     @property
     def card(self) -> dict[str, Any]:
-        """Image and pixel size (A), what it is binned from (px), resolution (A), seed, and the digests of the images."""
+        """Image and pixel size (A), what it is binned from (px), resolution (A), seed, and digests of the images."""
         return json.loads(self._file("card.json").read_text())
 
     @property

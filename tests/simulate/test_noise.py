@@ -44,7 +44,7 @@ def test_clipped_is_awgn_clipped(clean):
 
 
 def test_binned_noise_is_that_of_the_larger_images_cropped(clean):
-    """In the band that both hold (without its edge, which a crop folds) its power is theirs, and so is the SNR there."""
+    """In the band that both hold, but for its edge, which a crop folds, its power is theirs, and so is the SNR."""
     large = projection.resample(clean, 1 / 48, 128, 1 / 128)
     theirs = noise.add_noise(large, 0.1, seed=0) - large
     cropped = projection.resample(theirs, 1 / 128, 48, 1 / 48)
