@@ -13,21 +13,33 @@ from cryo_lib.simulate.projection import resample, square
 PROTOCOLS = ("awgn", "clipped")
 
 
-def noise_sigma(x: Any, snr: float) -> np.ndarray:
+def noise_sigma(x: Any, snr: float, binned_from: int | None = None) -> np.ndarray:
     """Return the `(n,)` float64 noise standard deviations, `sqrt(Var(x_i) / snr)`, Var over the whole clean image.
+
+    Of images `(n, h, h)` that are Fourier crops of larger ones with that SNR, the deviations are h / binned_from of
+    these: a crop keeps the signal, and of white noise the part that lies in its band.
 
     Raises
     ------
-    TypeError, ValueError : `x` not finite `(n, h, w)` images that vary, or `snr` not a finite number > 0.
+    TypeError, ValueError : `x` not finite `(n, h, w)` images that vary; `snr` not a finite number > 0; `binned_from`
+        less than h, or images that are not square with it.
     """
     x = checks.as_images("x", x)
     snr = checks.number("snr", snr, above=0)
     checks.grey_range("x", x)
     parts = np.array_split(x, -(-len(x) // 256))  # the variance makes a float64 copy: of a part at a time
-    return np.sqrt(np.concatenate([part.var(axis=(1, 2), dtype=np.float64) for part in parts]) / snr)
+    whole = np.sqrt(np.concatenate([part.var(axis=(1, 2), dtype=np.float64) for part in parts]) / snr)
+    return whole if binned_from is None else whole * (_side(x, binned_from) / binned_from)
 
 
-def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarray:
+def _side(x: np.ndarray, binned_from: int) -> int:
+    """The side of square images, px; ValueError where they are larger than those that they were binned from."""
+    side = square(x, "x").shape[1]
+    checks.integer("binned_from", binned_from, low=side)
+    return side
+
+
+def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn", binned_from: int | None = None) -> np.ndarray:
     """Return noisy images, Eq. (1) with a the identity: y = x + noise, SNR = Var(x_i) / Var(noise_i) for every image.
 
     Parameters
@@ -38,6 +50,9 @@ def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarr
         not depend on those that follow.
     protocol : "awgn", Gaussian noise as printed; "clipped", the same noise, then y clipped to [0, 1], which is what the
         paper's numbers suggest.
+    binned_from : side, px, of the images whose Fourier crop these are: SNR and clipping are those of the larger
+        images, which are cropped after both. For "awgn" that is white noise of less deviation (`noise_sigma`), drawn
+        as such. None: they are as they are.
 
     Returns
     -------
@@ -49,11 +64,22 @@ def add_noise(x: Any, snr: float, seed: Any, protocol: str = "awgn") -> np.ndarr
     """
     x = checks.as_images("x", x)
     checks.choice("protocol", protocol, PROTOCOLS)
-    sigma = noise_sigma(x, snr).astype(np.float32)
-    y = np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
-    y *= sigma[:, None, None]
+    rng, clipped = np.random.default_rng(seed), protocol == "clipped"
+    if clipped and binned_from is not None:
+        sigma, side = noise_sigma(x, snr), _side(x, binned_from)
+        parts = np.array_split(np.arange(len(x)), -(-len(x) // 256))
+        large = (resample(x[part], 1 / side, binned_from, 1 / binned_from) for part in parts)
+        noisy = (np.clip(_noisy(z, sigma[part], rng), 0, 1) for z, part in zip(large, parts))
+        return np.concatenate([resample(y, 1 / binned_from, side, 1 / side) for y in noisy])
+    y = _noisy(x, noise_sigma(x, snr, binned_from), rng)
+    return np.clip(y, 0, 1, out=y) if clipped else y
+
+
+def _noisy(x: np.ndarray, sigma: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    y = rng.standard_normal(x.shape, dtype=np.float32)
+    y *= sigma.astype(np.float32)[:, None, None]
     y += x
-    return np.clip(y, 0, 1, out=y) if protocol == "clipped" else y
+    return y
 
 
 def background(images: Any, reach: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ class Experiment:
     ----------
     protocol : "awgn" (Eq. 1 as printed), "clipped" (the noisy image clipped to [0, 1], as the authors' scripts), or
         "measured" (the noisy images of the data set itself).
-    snr : Var(signal) / Var(noise) of each image, > 0; None for measured images.
+    snr : Var(signal) / Var(noise) of each image, or of that which it is binned from, > 0; None for measured images.
     kind, eps : contamination of the fraction `eps` of the training pairs, Eq. (2), a key of `contamination.KINDS` or
         `contamination.HARDER`; "none" and 0 without. Those of `contamination.PROJECTED` need simulated images.
     half : 1 or 2, every other training pair from the first or the second on; 0, all of them.
@@ -107,7 +107,7 @@ class Dataset:
 
     @property
     def card(self) -> dict[str, Any]:
-        """Image size, pixel size (A), resolution (A), the data's seed, and the digests of the images."""
+        """Image and pixel size (A), what it is binned from (px), resolution (A), seed, and digests of the images."""
         return json.loads(self._file("card.json").read_text())
 
     @property
@@ -133,10 +133,13 @@ class Dataset:
         if experiment.protocol == MEASURED:
             y = np.load(self._file(f"y_{split}.npy"), mmap_mode="c")
         else:
-            seed = len(SPLITS) * self.card["seed"] + SPLITS.index(split)
-            y = add_noise(x, experiment.snr, seed, experiment.protocol)
+            y = self.noisy(x, experiment, len(SPLITS) * self.card["seed"] + SPLITS.index(split))
         kept = _kept(split, experiment)
         return x[kept], y[kept]
+
+    def noisy(self, x: Any, experiment: Experiment, seed: Any) -> np.ndarray:
+        """Images `(n, h, h)` with the noise of an experiment at this scale; see `noise.add_noise`."""
+        return add_noise(x, experiment.snr, seed, experiment.protocol, self.card.get("binned_from"))
 
     def views(self, split: str, experiment: Experiment) -> contamination.Views:
         """What the references of `pairs(split, experiment)` were projected from; simulated images only."""

@@ -43,6 +43,31 @@ def test_clipped_is_awgn_clipped(clean):
     np.testing.assert_array_equal(clipped, np.clip(awgn, 0, 1))
 
 
+def test_binned_noise_is_that_of_the_larger_images_cropped(clean):
+    """In the band that both hold, but for its edge, which a crop folds, its power is theirs, and so is the SNR."""
+    large = projection.resample(clean, 1 / 48, 128, 1 / 128)
+    theirs = noise.add_noise(large, 0.1, seed=0) - large
+    cropped = projection.resample(theirs, 1 / 128, 48, 1 / 48)
+    ours = noise.add_noise(clean, 0.1, seed=1, binned_from=128) - clean
+    powers = [noise.power_spectrum(images, 1.0)[1][:23] for images in (ours, cropped)]
+    np.testing.assert_allclose(powers[0], powers[1], rtol=0.2)
+    assert powers[0][2:].mean() == pytest.approx(powers[1][2:].mean(), rel=0.02)
+    assert clean.var() / ours.var() == pytest.approx(0.1 * (128 / 48) ** 2, rel=0.02)
+    np.testing.assert_allclose(large.var(axis=(1, 2)), clean.var(axis=(1, 2)), rtol=0.02)
+
+
+def test_binned_images_are_clipped_before_the_crop(clean):
+    large = projection.resample(clean, 1 / 48, 128, 1 / 128)
+    theirs = noise.add_noise(large, 0.1, seed=4, protocol="clipped")
+    ours = noise.add_noise(clean, 0.1, seed=4, protocol="clipped", binned_from=128)
+    np.testing.assert_allclose(ours, projection.resample(theirs, 1 / 128, 48, 1 / 48), atol=2e-3)
+    np.testing.assert_array_equal(
+        ours[:7], noise.add_noise(clean[:7], 0.1, seed=4, protocol="clipped", binned_from=128)
+    )
+    with pytest.raises(ValueError, match="binned_from: expected an integer >= 48"):
+        noise.add_noise(clean, 0.1, seed=4, binned_from=32)
+
+
 def test_noise_follows_the_seed_and_the_order_only(clean):
     untouched = clean.copy()
     y = noise.add_noise(clean, 0.1, seed=7)
