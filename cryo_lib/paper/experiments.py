@@ -69,7 +69,8 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             _check_study(name, study, params)
         posterior = params["posterior"]
         without = params["baselines"]["baseline_experiments"] + posterior["bound_experiments"]
-        for name in (*without, *posterior["posterior_experiments"]):
+        stacks = params["export"]["stack_references"] + params["export"]["stack_reference_halves"]
+        for name in (*without, *posterior["posterior_experiments"], *stacks):
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:

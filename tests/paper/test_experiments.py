@@ -211,6 +211,7 @@ def test_bad_parameter_files_are_named(tmp_path):
             "study clipped: expected the noise one of awgn, clipped, got measured",
         ),
         ("figure4/beta_05_05_l1/m", "figure4/beta/m", "use runs that no study makes: figure4/beta/measured-none/seed0"),
+        ("references: [awgn-0.1", "references: [awgn-x", "experiment: expected protocol-snr-contamination .* got"),
         ("runs: [table1/beta_05_05_l1", "runs: [clipped/l2_ae", "no study makes: clipped/l2_ae/awgn-0.1-none/seed0"),
         ("junk_methods: [l2_ae", "junk_methods: [l2_gan", "no study makes: table1/l2_gan/awgn-0.1-none"),
         ("weights_study: figure4", "weights_study: figure5", "no study makes: figure5/.*_l1/measured-none/seed0"),

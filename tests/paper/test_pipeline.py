@@ -17,13 +17,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cryo_lib.denoisers import apply, screening
+from cryo_lib.denoisers.posterior import posterior_mean
+from cryo_lib.denoisers.summing import noise_level
 from cryo_lib.evaluate import reconstruction
 from cryo_lib.networks import models
 from cryo_lib.paper import notebooks, report
 from cryo_lib.paper.experiments import read_scale
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks import particles
-from cryo_lib.stacks.dataset import SPLITS, Dataset
+from cryo_lib.stacks.dataset import SPLITS, Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -239,18 +241,21 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
 
 
 def test_exported_stacks_are_new_images_with_their_poses(ci_run):
-    """Clean images are the projections at their poses; denoised ones keep every row; halves have two networks."""
+    """Clean images are the projections at their poses; denoised ones keep every row; halves have two denoisers."""
     dataset = Dataset(ci_run / "data/ci/rnap")
     folder, volumes = ci_run / "denoised/ci", dataset.volumes
     names = ["clean", "noisy", "table1/beta_05_05_l1/awgn-0.1-none", "halves/beta_05_05_l1/awgn-0.1-none"]
-    clean, noisy, denoised, halves = (particles.ParticleStack.open(folder / f"{name}.star") for name in names)
+    names += ["posterior_halves/posterior/awgn-0.1-none"]
+    clean, noisy, denoised, halves, posterior = (
+        particles.ParticleStack.open(folder / f"{name}.star") for name in names
+    )
     shown = clean.table["rlnClassNumber"].to_numpy() - 1
     np.testing.assert_allclose(clean.images[:], projection.views(volumes, clean.poses.rotations, shown), atol=2e-4)
     seen = {image.tobytes() for split in SPLITS for image in dataset.clean(split)}
     assert not seen & {image.tobytes() for image in clean.images[:]}
     signal = clean.images[:].var(axis=(1, 2))
     assert signal.mean() / (noisy.images[:] - clean.images[:]).var(axis=(1, 2)).mean() == pytest.approx(0.1, rel=0.02)
-    for stack in (noisy, denoised, halves):
+    for stack in (noisy, denoised, halves, posterior):
         np.testing.assert_array_equal(stack.poses.rotations, clean.poses.rotations)
         assert stack.pixel_size == 6.4 and (stack.half_sets == clean.half_sets).all()
     for half in (1, 2):
@@ -258,6 +263,9 @@ def test_exported_stacks_are_new_images_with_their_poses(ci_run):
         rows = halves.half_sets == half
         expected = models.denoise_images(models.load(run)[0], noisy.images[rows])
         np.testing.assert_allclose(halves.images[rows], expected, atol=1e-5)
+        references, _ = dataset.pairs("train", Experiment.parse(f"awgn-0.1-none-half{half}"))
+        y = noisy.images[rows]
+        np.testing.assert_allclose(posterior.images[rows], posterior_mean(y, references, noise_level(y)), atol=1e-4)
 
 
 def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_back(ci_run):

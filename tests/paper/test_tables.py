@@ -102,3 +102,18 @@ def test_the_steadiness_of_a_training_is_read_off_its_curve():
     )
     found = tables.stability(curves, ["run"])
     assert found["fall"].tolist() == [7, 0, 0] and found["spread"].tolist() == [1, 0, 1]
+
+
+def test_a_table_of_resolutions_says_what_each_half_map_was_denoised_by():
+    stacks = ["noisy", "table1/l2_ae/awgn-0.1-none", "screened/l2_ae/awgn-0.1-A_0.1", "halves/l2_ae/awgn-0.1-A_0.1"]
+    stacks += ["posterior/posterior/awgn-0.1-A_0.1", "posterior_halves/posterior/awgn-0.1-none"]
+    described = tables.resolutions(pd.DataFrame(np.full((6, 5), 9.0), index=stacks))
+    said = [
+        ("Noisy images", "—", "—"),
+        ("ℓ2-Autoencoder", "one network", "none"),
+        ("ℓ2-Autoencoder", "one network, screened pairs", "A_0.1"),
+        ("ℓ2-Autoencoder", "two networks, disjoint pairs", "A_0.1"),
+        ("Posterior over references", "all references", "A_0.1"),
+        ("Posterior over references", "disjoint halves of the references", "none"),
+    ]
+    assert list(described.iloc[:, :3].itertuples(index=False, name=None)) == said
