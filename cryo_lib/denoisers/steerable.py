@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import finufft
@@ -21,20 +20,21 @@ import torch
 from torch import Tensor
 
 from cryo_lib import checks
-from cryo_lib.files import cores
+from cryo_lib.denoisers.workers import Workers
 from cryo_lib.simulate.projection import square
 
 PRECISION = 3e-5  # relative error of the Fourier transform on the rings
 FITTED = 2000  # images at most that principal components are taken from
 BATCH = 64  # images that a thread transforms at a time
+TOGETHER = 512  # images whose products are taken at a time
 
 
 def _in_parts(work: Callable[[slice], None], n: int) -> None:
-    """Do some work for all of n images, `BATCH` at a time on all cores; no bit of it depends on their number."""
-    first, *others = [slice(start, start + BATCH) for start in range(0, n, BATCH)]
-    work(first)  # alone: two first calls of finufft at once can crash, see `simulate.projection.project`
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(work, others))
+    """Do some work for all of n images, `BATCH` at a time."""
+    parts = [slice(start, start + BATCH) for start in range(0, n, BATCH)]
+    with Workers() as workers:
+        for some in (parts[:1], parts[1:]):  # two first calls of finufft at once can crash, see `projection.project`
+            workers.map(lambda part, _: work(part), some)
 
 
 class Rings:
@@ -94,7 +94,9 @@ class Basis:
     def __init__(self, images: Any, tolerance: float = 1e-4, device: torch.device | str = "cpu") -> None:
         images, tolerance = square(images, "references"), checks.number("tolerance", tolerance, low=0, high=1)
         self.rings, self.device = Rings(images.shape[-1]), torch.device(device)
-        energies, vectors = np.linalg.eigh(self._products(images[:FITTED]))
+        with Workers() as workers:
+            found = workers.map(lambda each, _: torch.linalg.eigh(each), self._products(images[:FITTED]))
+        energies, vectors = (np.stack([each.numpy() for each in values]) for values in zip(*found))
         ascending = np.sort(energies, axis=None)
         if ascending[-1] <= 0:
             raise ValueError(
@@ -106,15 +108,25 @@ class Basis:
         kept, ends = kept[: np.flatnonzero(sizes)[-1] + 1], np.cumsum(sizes)
         self.blocks = [slice(int(end - size), int(end)) for end, size in zip(ends, sizes)][: len(kept)]
         self.frequencies = torch.from_numpy(np.repeat(np.arange(len(kept)), sizes[: len(kept)])).to(self.device)
-        self._vectors = [np.ascontiguousarray(vector, np.complex64) for vector in kept]
-        self.on_rings = [torch.from_numpy(vector.T.copy()).to(self.device) for vector in self._vectors]
+        self._vectors = [torch.from_numpy(vector.astype(np.complex64)) for vector in kept]
+        self.on_rings = [vector.T.contiguous().to(self.device) for vector in self._vectors]
 
-    def _products(self, images: np.ndarray) -> np.ndarray:
+    def _products(self, images: np.ndarray) -> Tensor:
         """The sum over images of the products of their coefficients, `(k, ring, ring)`."""
-        total = np.zeros((self.rings.count, *(2 * self.rings.radius.shape)), np.complex128)
-        for start in range(0, len(images), BATCH):
-            values = self.rings.analyse(images[start : start + BATCH]).transpose(1, 2, 0)
-            total += values @ values.conj().transpose(0, 2, 1)
+        total = torch.zeros(self.rings.count, *(2 * self.rings.radius.shape), dtype=torch.complex128)
+        values = torch.empty(min(TOGETHER, len(images)), *total.shape[:2], dtype=torch.complex64)
+        for start in range(0, len(images), TOGETHER):
+            some = images[start : start + TOGETHER]
+
+            def analyse(part: slice, some: np.ndarray = some) -> None:
+                values[: len(some)][part] = torch.from_numpy(self.rings.analyse(some[part]))
+
+            def add(k: int, _: Any, m: int = len(some)) -> None:
+                total[k] += values[:m, k].T @ values[:m, k].conj()
+
+            _in_parts(analyse, len(some))
+            with Workers() as workers:
+                workers.map(add, range(len(total)))
         return total
 
     def expand(self, images: Any) -> Tensor:
@@ -123,15 +135,15 @@ class Basis:
         if images.shape[-1] != self.rings.n:
             n = self.rings.n
             raise ValueError(f"images: expected {n} x {n} px, as the references, got {images.shape[-1]}; resample them")
-        coefficients = np.empty((len(images), len(self.frequencies)), np.complex64)
+        coefficients = torch.empty(len(images), len(self.frequencies), dtype=torch.complex64)
 
         def fill(part: slice) -> None:
-            values = self.rings.analyse(images[part])
+            values = torch.from_numpy(self.rings.analyse(images[part]))
             for k, (block, vectors) in enumerate(zip(self.blocks, self._vectors)):
                 coefficients[part, block] = values[:, k] @ vectors.conj()
 
         _in_parts(fill, len(images))
-        return torch.from_numpy(coefficients).to(self.device)
+        return coefficients.to(self.device)
 
     def power(self, coefficients: Tensor) -> Tensor:
         """The energy in each ring, `(m, rings)` float32, of images with coefficients `(m, d)`."""
@@ -146,14 +158,14 @@ class Basis:
 
     def images(self, coefficients: Tensor) -> np.ndarray:
         """The images `(m, n, n)` float32 of coefficients `(m, d)`."""
-        coefficients = coefficients.cpu().numpy()
+        coefficients = coefficients.cpu()
         images = np.empty((len(coefficients), self.rings.n, self.rings.n), np.float32)
 
         def fill(part: slice) -> None:
-            values = np.zeros((len(images[part]), self.rings.count, len(self.rings.radius)), np.complex64)
+            values = torch.zeros(len(images[part]), self.rings.count, len(self.rings.radius), dtype=torch.complex64)
             for k, (block, vectors) in enumerate(zip(self.blocks, self._vectors)):
                 values[:, k] = coefficients[part, block] @ vectors.T
-            images[part] = self.rings.synthesise(values)
+            images[part] = self.rings.synthesise(values.numpy())
 
         _in_parts(fill, len(images))
         return images

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +24,7 @@ from torch import Tensor
 
 from cryo_lib import checks
 from cryo_lib.denoisers.steerable import Basis
+from cryo_lib.denoisers.workers import Workers
 from cryo_lib.simulate.noise import background
 from cryo_lib.simulate.projection import square
 
@@ -98,37 +96,6 @@ def shift_grid(shifts: tuple[float, float] | None) -> np.ndarray:
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     distance = np.hypot(*grid.T)
     return grid[np.argsort(distance, kind="stable")][: int((distance <= reach * (1 + 1e-6)).sum())]
-
-
-class _Workers:
-    """As many threads as torch has, each with a scratch of its own and one thread of torch's; on a GPU this thread.
-
-    Products of small matrices gain nothing from torch's threads, and no bit depends on how many of these there are.
-    """
-
-    def __init__(self, scratch: Callable[[], Any], device: torch.device) -> None:
-        self._make, self._own, self._threads = scratch, threading.local(), torch.get_num_threads()
-        several = device.type == "cpu" and self._threads > 1
-        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start, initargs=(True,)) if several else None
-        if not several:
-            self._start(False)
-
-    def _start(self, alone: bool) -> None:
-        self._own.scratch = self._make()
-        if alone:
-            torch.set_num_threads(1)
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._pool:
-            self._pool.shutdown()
-            torch.set_num_threads(self._threads)
-
-    def map(self, work: Callable[[Any, Any], Any], values: Sequence[Any]) -> list[Any]:
-        """What `work` returns of each value and a scratch."""
-        return list((self._pool.map if self._pool else map)(lambda value: work(value, self._own.scratch), values))
 
 
 class PosteriorSum:
@@ -248,7 +215,7 @@ class PosteriorSum:
         few, many = TOGETHER[self.basis.device.type]
         pairs, found = min(few, len(self.y)) * min(many, len(references)), []
         rows = [slice(start, start + few) for start in range(0, len(self.y), few)]
-        with _Workers(lambda: self._scratch(pairs), self.y.device) as workers:
+        with Workers(lambda: self._scratch(pairs), self.y.device) as workers:
             for part in references.split(many):
                 work = partial(self._add, part, self._of_rows(self._energy(part)), label, scores or self.everything)
                 best = workers.map(work, rows)
