@@ -15,6 +15,7 @@ from cryo_lib.paper.experiments import grid, read_scale, settings_of
 from cryo_lib.stacks.dataset import SPLITS, Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
+PAPERS = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
 
 
@@ -133,7 +134,7 @@ def test_the_paper_scale_holds_the_whole_supplement():
     assert ours == [weight for weight in weights if weight != 10]
     assert {v["lam"] for v in study["adversary_alone"]["variants"].values()} == {0}
     assert all(entry["seeds"] == [0, 1, 2] for name, entry in study.items() if not name.endswith("halves"))
-    assert set(study["convolutional"]["methods"]) == set(study["table1"]["methods"])
+    assert set(study["convolutional"]["methods"]) == PAPERS
     scripts = {"unit": "minibatch", "noise": "uniform", "redraw": True}
     assert study["units"]["variants"] == {"minibatch": {"unit": "minibatch"}, "scripts": scripts}
     authors = {"architecture": "pggan", "eta_d": 1e-4, "eta_g": 1e-4, "lam": 100, "beta1": 0, "beta2": 0.99}
@@ -160,14 +161,16 @@ def test_the_paper_scale_holds_the_papers_numbers():
     paper |= {"lam": 10, "mu": 10, "decay": 0}
     settings = settings_of(params, "table1", grid(params["study"]["table1"])[0])
     assert {name: getattr(settings, name) for name in paper} == paper
-    methods = {"l2_ae", "l1_ae", "js_l1", "wgan_gp_l1", "beta_1_1_l1", "beta_05_05_l1"}
     runs = {name: grid(params["study"][name]) for name in params["studies"]}
-    assert Counter(r.experiment for r in runs["table1"]) == {"awgn-0.1-none": 18, "awgn-0.05-none": 18}
+    robust = {"trimmed_ae", "welsch_ae"}
+    assert Counter(r.experiment for r in runs["table1"]) == {"awgn-0.1-none": 24, "awgn-0.05-none": 24}
     assert Counter(r.experiment for r in runs["clipped"]) == {"clipped-0.1-none": 18, "clipped-0.05-none": 18}
-    robustness = {f"awgn-0.1-{kind}_{eps}": 18 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
+    robustness = {f"awgn-0.1-{kind}_{eps}": 24 for kind in "ABC" for eps in (0.1, 0.2, 0.3)}
     assert Counter(r.experiment for r in runs["contamination"]) == robustness
-    full = [runs[name] for name in ("table1", "clipped", "contamination")]
-    assert all({r.method for r in study} == methods and {r.seed for r in study} == {0, 1, 2} for study in full)
+    for name, methods in {"table1": PAPERS | robust, "clipped": PAPERS, "contamination": PAPERS | robust}.items():
+        assert {r.method for r in runs[name]} == methods and {r.seed for r in runs[name]} == {0, 1, 2}
+    screened = settings_of(params, "screened", runs["screened"][0])
+    assert screened.screen and {r.experiment[9] for r in runs["screened"]} == set("ABCSOJI")
     assert params["export"]["n_stack"] == 200_000 and params["relion"]["run_relion"]
     assert set(params["export"]["stack_runs"]) <= set(params["relion"]["relion_stacks"])
 
@@ -195,12 +198,12 @@ def test_bad_parameter_files_are_named(tmp_path):
     for old, new, message in [
         ("js_l1", "unet", "params.yaml: method: expected .* got 'unet'"),
         ("{width: 8,", "{widht: 8,", "params.yaml: .*widht"),
-        ("{lam: 50.0}", "{lam: many}", "params.yaml: .*lam.*many"),
+        ("{lam: 100.0}", "{lam: many}", "params.yaml: .*lam.*many"),
         ("dataset: ribosome", "dataset: rnap", "study figure4: expected the dataset ribosome, got 'rnap'"),
-        ("units,\n  harder]", "units,\n  hard]", "supplement_studies: expected some of studies, got hard"),
+        ("harder, screened]            #", "hard, screened]  #", "expected some of studies, got hard"),
         ("\ntrain:", "\ntrian:", "expected the sections .*; missing or unknown: train, trian"),
         ("studies: [table1,", "studies: [", "expected the entries of study"),
-        ("progressive, units, harder]", "progressive, units]", "expected the entries of study"),
+        ("units, harder, screened]", "units, harder]", "expected the entries of study"),
         ("      conv: {", "      seed7: {", "variant: expected a folder.s name .*, not like seed0, got 'seed7'"),
         ("baseline_experiments: [awgn-0.1", "baseline_experiments: [awgn-0", "snr: expected a finite number > 0"),
         ("seeds: [0, 1]", "seeds: [1, 1]", "seeds are listed twice"),
