@@ -25,7 +25,7 @@ from cryo_lib.networks.models import pick_device
 from cryo_lib.simulate.projection import square
 
 COMPONENTS = 16  # of a local model, at most
-TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0)
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they are made four times as dense
 TOGETHER = 8  # images that share their fine templates
 ROWS = 4096  # images, times shifts, that are held at a time
