@@ -32,7 +32,7 @@ def test_every_run_of_the_scale_is_there_and_no_other(per_image):
 
 
 def test_the_noisy_images_have_the_noise_that_their_snr_says(per_image):
-    """Eq. (1), binned: MSE = Var(x) / SNR (h / h of the SNR)^2, up to five sd of a mean of squares; twice is 3.01 dB."""
+    """Eq. (1), binned: MSE = Var(x) / SNR (48 / 128)^2, up to five sd of a mean of squares; twice the noise is 3.01 dB."""
     noisy = {snr: per_image["mse"][f"noisy/awgn-{snr}-none"] for snr in (0.1, 0.05)}
     assert (noisy[0.05] / noisy[0.1]).to_numpy() == pytest.approx(2, rel=1e-3)
     samples = np.load(RESULTS / "samples.npz")
@@ -42,7 +42,7 @@ def test_the_noisy_images_have_the_noise_that_their_snr_says(per_image):
 
 
 def test_nothing_passes_the_bayes_bound_and_it_grows(per_image):
-    """No estimator has a lesser mean squared error than the posterior mean; over more templates it comes nearer to it."""
+    """No estimator has a lesser mean squared error than the posterior mean, to which more templates bring it nearer."""
     for name, grown in pd.read_csv(RESULTS / "posterior.csv").query("method == 'bayes_bound'").groupby("experiment"):
         assert (np.diff(grown["mse"]) < 0).all()
         errors = per_image["mse"].filter(like=f"/{name}").mean()
