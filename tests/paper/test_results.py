@@ -32,7 +32,7 @@ def test_every_run_of_the_scale_is_there_and_no_other(per_image):
 
 
 def test_the_noisy_images_have_the_noise_that_their_snr_says(per_image):
-    """Eq. (1), binned: MSE = Var(x) / SNR (48 / 128)^2, up to five sd of a mean of squares; twice the noise is 3.01 dB."""
+    """Eq. (1), binned: MSE = Var(x) / SNR (48 / 128)^2, up to five sd of a mean of squares; twice is 3.01 dB."""
     noisy = {snr: per_image["mse"][f"noisy/awgn-{snr}-none"] for snr in (0.1, 0.05)}
     assert (noisy[0.05] / noisy[0.1]).to_numpy() == pytest.approx(2, rel=1e-3)
     samples = np.load(RESULTS / "samples.npz")
