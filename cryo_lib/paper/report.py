@@ -88,12 +88,12 @@ def _heading(stage: Stage) -> tuple[str, str, str]:
 def _section(stage: Stage, before: list[Stage]) -> str:
     title, link, claim = _heading(stage)
     parts = [f"## {title}", f"{link}, stage `{stage.name}`. {claim}".rstrip()]
-    for path in stage.made("figures", ".png"):
-        parts.append(f"![{Path(path).stem}]({path})" if Path(path).is_file() else _missing(path, stage))
     for maker in (stage, *before):
         if maker is not stage:
             title, link, _ = _heading(maker)
             parts.append(f"{link}, stage `{maker.name}`: {title}.")
+        for path in maker.made("figures", ".png"):
+            parts.append(f"![{Path(path).stem}]({path})" if Path(path).is_file() else _missing(path, maker))
         for path in maker.made("results", ".md"):
             found = Path(path).is_file()
             parts.append(Path(path).read_text(encoding="utf-8").strip() if found else _missing(path, maker))

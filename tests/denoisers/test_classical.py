@@ -155,7 +155,7 @@ def test_rectangular_images() -> None:
         x_hat = classical.denoise(method, y[:4, 4:], sigma[:4], n_jobs=1, **pairs)
         assert (psnr(x[:4, 4:], x_hat) - psnr(x[:4, 4:], y[:4, 4:])).mean() > 6
     with pytest.raises(ValueError, match="cwf needs square images, got 28 x 32; crop or pad"):
-        denoise("cwf", y[:, 4:], sigma)
+        classical.denoise("cwf", y[:4, 4:], sigma[:4], **pairs)
 
 
 def test_aspire_stays_out_of_this_process_and_folder(tmp_path, monkeypatch, capfd) -> None:
