@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNS = {name: stage for name, stage in STAGES.items() if stage["cmd"].startswith("cryo run")}
 MISSING = [sys.executable, "-m", "cryo_lib.paper.cluster", "missing"]
-SHOWN = ("03", "06", "08", "11", "17")  # what they show on the way is published as well
+SHOWN = ("03", "06", "08", "11", "17", "18")  # what they show on the way is published as well
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
 needs_relion = pytest.mark.skipif(not shutil.which("relion_refine_mpi"), reason="needs Debian's package relion")
 
@@ -167,7 +167,7 @@ def test_the_ci_scale_makes_every_output(ci_run):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     made = made.replace("${weights.weights_method}", "beta_05_05_l1")
                     assert (ci_run / made).exists(), made
-    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 4 + 2 + 2 + 8
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 7 + 2 + 8 + 2 + 2 + 8
 
 
 def test_a_second_run_is_up_to_date(ci_run):
