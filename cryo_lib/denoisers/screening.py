@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 import numpy as np
-import scipy.fft
 
+from cryo_lib.denoisers.summing import moved
 from cryo_lib.denoisers.templates import Templates, directions
 from cryo_lib.simulate import noise, projection
 from cryo_lib.simulate.ctf import ctf
@@ -80,12 +80,7 @@ class Screen:
         """Images `(m, n, n)` of these rows on the grid, centred, protein bright, background of mean 0 and sd 1."""
         stack = self.stack
         y = noise.standardise(stack.images[rows], stack.pixel_size, self.n, self.pixel_size, self.contrast)
-        if stack.poses is None:
-            return y
-        x_shift, y_shift = stack.poses.shifts[rows].T[..., None, None]
-        ky, kx = scipy.fft.fftfreq(self.n, self.pixel_size)[:, None], scipy.fft.rfftfreq(self.n, self.pixel_size)
-        back = np.exp(2j * np.pi * (kx * x_shift + ky * y_shift)).astype(np.complex64)
-        return scipy.fft.irfft2(scipy.fft.rfft2(y) * back, s=y.shape[1:])
+        return y if stack.poses is None else moved(y, -stack.poses.shifts[rows] / self.pixel_size)
 
     def evidence(self, rows: Any) -> np.ndarray:
         """Of these rows, `(m,)`, nats: above 0 a projection of the map explains the image better than noise alone."""

@@ -139,8 +139,8 @@ class PosteriorSum:
         if transfer is not None or spectrum is not None:
             y, rings = _filtered(y, transfer, spectrum, basis)
             self.rings = torch.from_numpy(rings).to(device)
-        moved = [basis.expand(_moved(y, -shift)) for shift in self.shifts]
-        self.y = moved[0] if len(moved) == 1 else torch.stack(moved, 1).flatten(0, 1)  # a row an image and shift
+        back = [basis.expand(moved(y, -shift)) for shift in self.shifts]
+        self.y = back[0] if len(back) == 1 else torch.stack(back, 1).flatten(0, 1)  # a row an image and shift
         self.precision = self._of_rows(self.precision)
         self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
         self._halves = 1 - 0.5 * (basis.frequencies > 0).float()
@@ -336,7 +336,7 @@ class PosteriorSum:
             held = np.flatnonzero(shares[:, k] > math.exp(-NEGLIGIBLE))
             if len(held):
                 images = self.basis.images(coefficients[torch.from_numpy(held * t + k).to(coefficients.device)])
-                x_hat[held] += shares[held, k, None, None].astype(np.float32) * _moved(images, shift)
+                x_hat[held] += shares[held, k, None, None].astype(np.float32) * moved(images, shift)
         best = self.likelihoods[:, 0].reshape(-1, t).argmax(1).cpu().numpy()
         rows = np.arange(len(best)) * t + best
         degrees = np.rad2deg(self.turns[:, 0].cpu().numpy())[rows]
@@ -346,12 +346,12 @@ class PosteriorSum:
         return Posterior(x_hat, evidence, reference, degrees, labels, self.shifts[best])
 
 
-def _moved(images: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Images moved by `shift`, px along x and y, periodically."""
+def moved(images: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Images `(m, h, h)` moved periodically by `shift`, px along x and y, `(2,)` or one for each image `(m, 2)`."""
     if not shift.any():
         return images
-    h = images.shape[-1]
-    turns = scipy.fft.rfftfreq(h) * shift[0] + scipy.fft.fftfreq(h)[:, None] * shift[1]
+    h, (x, y) = images.shape[-1], np.moveaxis(shift, -1, 0)[..., None, None]
+    turns = scipy.fft.rfftfreq(h) * x + scipy.fft.fftfreq(h)[:, None] * y
     factor = np.exp(-2j * np.pi * turns).astype(np.complex64)
     return scipy.fft.irfft2(scipy.fft.rfft2(images) * factor, s=images.shape[1:])
 
@@ -368,8 +368,10 @@ def _filtered(y: np.ndarray, transfer: Any, spectrum: Any, basis: Basis) -> tupl
         raise ValueError(f"spectrum: expected {h // 2 + 1} finite powers > 0, one a ring, got shape {spectrum.shape}")
     noise = np.interp(ring, np.arange(h // 2 + 1), spectrum).astype(np.float32)
     filtered = scipy.fft.irfft2(scipy.fft.rfft2(y) * transfer / noise, s=y.shape[1:])
-    counts = np.bincount(ring.ravel())
-    means = np.stack([np.bincount(ring.ravel(), each.ravel()) / counts for each in transfer**2 / noise])
+    # Of a transfer: its mean over each ring of pixels, and that interpolated to the rings of the basis.
+    inside = ring.ravel() == np.arange(ring.max() + 1)[:, None]
+    means = inside / inside.sum(axis=1, keepdims=True)
     at = basis.rings.radius * h / (2 * np.pi)
-    weights = np.stack([np.interp(at, np.arange(len(counts)), each) for each in means]).astype(np.float32)
+    taken = np.stack([np.interp(at, np.arange(len(means)), each) for each in np.eye(len(means))])
+    weights = ((transfer**2 / noise).reshape(len(transfer), -1) @ means.T @ taken).astype(np.float32)
     return filtered, np.broadcast_to(weights, (len(y), weights.shape[1])).copy()

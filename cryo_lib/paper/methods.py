@@ -48,7 +48,7 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "beta_1_m1_l1": Entry("(1,−1)-GAN + ℓ1", "network", "#999933", "X", PAIRS),
     "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
     "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
-    "posterior": Entry("Posterior mean", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
+    "posterior": Entry("Posterior", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
 

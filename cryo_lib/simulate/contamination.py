@@ -195,9 +195,9 @@ def screen(x: Any, y: Any, fdr: float = FDR) -> np.ndarray:
     """Which training pairs belong together, `(n,)` bool, by their correlation and no truth.
 
     Fisher's transform of the correlation of good pairs is normal. Pairs that do not belong together correlate less, so
-    its centre and spread are taken from the upper ones (an empirical null, Efron 2004; sound
-    while most pairs are good). Pairs that are too low for it are told by the procedure of Benjamini and Hochberg
-    (1995): of those left out at most the share `fdr` is good, in the mean.
+    its centre and spread are taken from the upper ones (an empirical null, Efron 2004; sound while most pairs are
+    good). Pairs that are too low for it are told by the procedure of Benjamini and Hochberg (1995): of those left out
+    at most the share `fdr` is good, in the mean.
 
     Parameters
     ----------

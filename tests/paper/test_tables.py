@@ -113,7 +113,7 @@ def test_a_table_of_resolutions_says_what_each_half_map_was_denoised_by():
         ("ℓ2-Autoencoder", "one network", "none"),
         ("ℓ2-Autoencoder", "one network, screened pairs", "A_0.1"),
         ("ℓ2-Autoencoder", "two networks, disjoint pairs", "A_0.1"),
-        ("Posterior mean", "all references", "A_0.1"),
-        ("Posterior mean", "disjoint halves of the references", "none"),
+        ("Posterior", "all references", "A_0.1"),
+        ("Posterior", "disjoint halves of the references", "none"),
     ]
     assert list(described.iloc[:, :3].itertuples(index=False, name=None)) == said
