@@ -40,7 +40,8 @@ def publish(executed: str | Path, out: str | Path) -> Path:
 
     Raises
     ------
-    BookError : a cell that failed or was not executed, an output of an unknown type, or pictures that do not fit.
+    BookError : a cell that failed or was not executed, an output of an unknown type or with the path of the folder that
+        this runs in, or pictures that do not fit.
     """
     notebook, pictures, count = nbformat.read(executed, as_version=4), [], 0
     notebook.cells, notebook.nbformat_minor = _folded(notebook.cells), 5
@@ -65,6 +66,8 @@ def publish(executed: str | Path, out: str | Path) -> Path:
             if output.output_type == "execute_result":
                 output.execution_count = count
             for kind in set(output.data) - {PNG}:
+                if (here := str(Path.cwd())) in output.data[kind]:
+                    raise BookError(f"{where}: expected no folder of this machine, got {here}; do not display it")
                 output.data[kind] = re.sub(r" at 0x[0-9a-f]+", "", output.data[kind])
             if PNG in output.data:
                 image = _image(output.data[PNG])

@@ -106,6 +106,7 @@ FAILED = [nbformat.v4.new_output("error", ename="E", evalue="no")]
         (nbformat.v4.new_code_cell("1"), "code cell 1: expected an executed cell"),
         (shown({"image/jpeg": "", "text/plain": ""}), "code cell 1: expected image/png, .* got image/jpeg"),
         (nbformat.v4.new_code_cell("1/0", execution_count=1, outputs=FAILED), "code cell 1: E: no"),
+        (shown({"text/plain": repr(Path.cwd())}), "code cell 1: expected no folder of this machine, got /"),
         (shown({"text/plain": "x" * 300_000}), "expected at most 200000 bytes, got 10.* more .*no picture"),
     ],
 )
