@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def denoise_stack(
     Parameters
     ----------
     model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to
-        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
+        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network;
+        `{0: ...}` is one for all.
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
         the image reference changes.
@@ -63,13 +64,11 @@ def denoise_stack(
     ValueError : images not of the size the network was built for; half-sets missing, or others than `model` has.
     """
     stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles)
-    if isinstance(model, Mapping):
-        half_sets = stack.half_sets
-        if half_sets is None or set(half_sets) != set(model):
-            found = "no rlnRandomSubset" if half_sets is None else sorted(set(half_sets.tolist()))
-            raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
-    else:
-        model, half_sets = {0: model}, np.broadcast_to(0, len(stack))
+    model = model if isinstance(model, Mapping) else {0: model}
+    half_sets = np.broadcast_to(0, len(stack)) if set(model) == {0} else stack.half_sets
+    if half_sets is None or set(half_sets) != set(model):
+        found = "no rlnRandomSubset" if half_sets is None else sorted(set(half_sets.tolist()))
+        raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
     shape = stack.images.shape[1:]
     for size in {getattr(each, "image_size", None) for each in model.values()} - {None}:
         if shape != (size, size):
@@ -128,7 +127,7 @@ class Network(OfStack):
     ) -> None:
         self.precision = options.pop("precision")
         super().__init__(stack, card["image_size"], pixel_size, **options)
-        self.model, self.background, self.flips = model, card["background"], bool(card.get("phase_flipped"))
+        self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
         if self.flips and stack.ctf is None:
             problem = "expected a CTF, since this network was trained on images whose phases were flipped, got none"
             raise ValueError(f"{stack.path}: {problem}; estimate it, or take another network")
@@ -138,8 +137,14 @@ class Network(OfStack):
             images = phase_flip(images, self.stack.ctf.iloc[rows], self.own)
         return super().__call__(images, rows)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        kept = ("architecture", "width", "background", "phase_flipped", "run", "validation")
+        return super().facts | {key: self.card[key] for key in kept if key in self.card}
+
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
-        y = y * np.float32(self.background["sd"]) + np.float32(self.background["mean"])
+        background = self.card["background"]
+        y = y * np.float32(background["sd"]) + np.float32(background["mean"])
         return models.denoise_images(self.model, y, precision=self.precision)
 
 
@@ -188,3 +193,17 @@ def fit(
             f"{height} x {box} px of {own:g} A; allow resize {needed}, or train a network for this size"
         )
     return Network(model, card, stack, own if same_scale else scale, contrast=contrast, precision=precision)
+
+
+def of_checkpoints(
+    files: Sequence[str | Path], stack: ParticleStack, device: str = "auto", **options: Any
+) -> dict[int, Network]:
+    """Networks of checkpoints on disk, fitted to a stack: one for all, `{0: ...}`, or one for each half-set.
+
+    `device`, "auto", "cpu" or "cuda", is where they run; `options` are those of `fit`.
+    """
+    networks = []
+    for file in files:
+        model, card = models.load(file)
+        networks.append(fit(model.to(models.pick_device(device)), card, stack, **options))
+    return dict(enumerate(networks, len(networks) > 1))

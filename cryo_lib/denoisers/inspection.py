@@ -45,11 +45,16 @@ class Inspection:
     Attributes
     ----------
     measured : `(n,)` float64 each: minimum, maximum, checkerboard (share of the power), correlation.
+    limits : beyond which one of these breaks an image.
     score : `(n,)` float64, the worst of the criteria in units of its limit: above 1 an image is broken.
     """
 
     def __init__(self, denoiser: OfStack) -> None:
         self.denoiser, n = denoiser, len(denoiser.stack)
+        self.limits = {"checkerboard": CHECKED, "correlation": chance(denoiser.n, denoiser.pixel_size)}
+        if denoiser.grey is not None:
+            low, high = denoiser.grey
+            self.limits |= {"minimum": low - OUTSIDE * (high - low), "maximum": high + OUTSIDE * (high - low)}
         self.measured = {name: np.zeros(n) for name in ("minimum", "maximum", "checkerboard", "correlation")}
         self.ratios = {name: np.zeros(n) for name in WHY}
         self.score = np.zeros(n)
@@ -61,11 +66,11 @@ class Inspection:
         x = of.onto(x_hat)
         found = {"minimum": x.min(axis=(1, 2)), "maximum": x.max(axis=(1, 2))}
         found["checkerboard"] = np.maximum(checkerboard(x) - checkerboard(y), 0)
-        found["correlation"], chance = likeness(y, x, of.pixel_size)
+        found["correlation"] = likeness(y, x, of.pixel_size)
         for name, values in found.items():
             self.measured[name][rows] = values
         ratios = {"checkerboard": found["checkerboard"] / CHECKED}
-        ratios["correlation"] = (1 - found["correlation"]) / (1 - chance)
+        ratios["correlation"] = (1 - found["correlation"]) / (1 - self.limits["correlation"])
         if of.grey is not None:
             low, high = of.grey
             away = np.maximum(low - found["minimum"], found["maximum"] - high)
@@ -81,14 +86,19 @@ class Inspection:
         why = ["; ".join(name for name in WHY if broken[name][row]) for row in range(len(self.score))]
         return pd.DataFrame({**self.measured, "score": self.score, "why": why})
 
+    @property
+    def broken(self) -> int:
+        """How many images are broken."""
+        return int(np.count_nonzero(self.score > 1))
+
     def said(self) -> str:
         """How many images are broken, and why, as a sentence."""
-        n, broken = len(self.score), int(np.count_nonzero(self.score > 1))
+        n, broken = len(self.score), self.broken
         if not broken:
             return f"None of {n} denoised images is broken."
         counts = {WHY[name]: int(np.count_nonzero(ratio > 1)) for name, ratio in self.ratios.items()}
         reasons = ", ".join(f"{count} have {reason}" for reason, count in counts.items() if count)
-        return f"**{broken} of {n} denoised images are broken** ({broken / n:.1%}): {reasons}."
+        return f"{broken} of {n} denoised images are broken ({broken / n:.1%}): {reasons}."
 
 
 def checkerboard(images: np.ndarray) -> np.ndarray:
@@ -124,13 +134,21 @@ def _windows(n: int) -> list[tuple[Any, np.ndarray, np.ndarray]]:
     return found
 
 
-def likeness(y: np.ndarray, x_hat: np.ndarray, pixel_size: float) -> tuple[np.ndarray, float]:
-    """The correlation of images `(m, n, n)` with their low-passed inputs, `(m,)`; the greatest that chance gives."""
+def likeness(y: np.ndarray, x_hat: np.ndarray, pixel_size: float) -> np.ndarray:
+    """The correlation of images `(m, n, n)` with their low-passed inputs, `(m,)`."""
     n = y.shape[-1]
-    cutoff = min(pixel_size / LOWPASS, 0.25)
-    k = np.hypot(scipy.fft.fftfreq(n)[:, None], scipy.fft.rfftfreq(n))
-    kept = (k <= cutoff) & (k > 0)
-    a, b = (scipy.fft.rfft2(images)[:, kept] for images in (y, x_hat))
+    k = np.hypot(scipy.fft.fftfreq(n)[:, None], scipy.fft.fftfreq(n))
+    kept = (k <= cutoff(pixel_size)) & (k > 0)
+    a, b = (scipy.fft.fft2(images)[:, kept] for images in (y, x_hat))
     power = np.sqrt(np.square(np.abs(a)).sum(axis=1) * np.square(np.abs(b)).sum(axis=1))
-    correlation = (a.conj() * b).real.sum(axis=1) / np.maximum(power, np.finfo(np.float32).tiny)
-    return correlation, min(3 / math.sqrt(math.pi * (cutoff * n) ** 2), 0.9)
+    return (a.conj() * b).real.sum(axis=1) / np.maximum(power, np.finfo(np.float32).tiny)
+
+
+def chance(n: int, pixel_size: float) -> float:
+    """The likeness that one unrelated image in a thousand has: three standard deviations, 0.9 at most."""
+    return min(3 / math.sqrt(math.pi * (cutoff(pixel_size) * n) ** 2), 0.9)
+
+
+def cutoff(pixel_size: float) -> float:
+    """The frequency, 1 / px, that inputs are low-passed to: half of Nyquist where pixels are large."""
+    return min(pixel_size / LOWPASS, 0.25)

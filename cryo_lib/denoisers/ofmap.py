@@ -18,7 +18,7 @@ from cryo_lib.denoisers.summing import moved
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks.particles import ParticleStack
 
-SIZE = 64  # pixels, at most, of the grid: half as many again take about twice the time
+SIZE = 64  # pixels, at most, of the grid
 HELD, MARGIN = 0.99, 1.25  # share of the map's energy in a sphere, and times its diameter, that the grid is wide
 
 
@@ -54,6 +54,15 @@ class OfMap(OfStack):
         self.screen = Screen(stack, volume, voxel_size, **options)
         super().__init__(stack, self.screen.n, self.screen.pixel_size, contrast)
         self.maps = Maps([self.screen.volume], device=device)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        gain, shifts = self.screen.gain, self.screen.shifts
+        found = {"contrast of the map (sd of the noise)": round(gain, 3), "CTF": self.stack.ctf is not None}
+        found["shifts"] = (
+            "as the star file says" if self.stack.poses else f"summed over, {shifts} px" if shifts else "0"
+        )
+        return super().facts | found
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         y, sigma, given = self.screen.question(self.screen.centred(y, rows), rows, self.screen.gain)

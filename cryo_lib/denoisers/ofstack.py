@@ -55,6 +55,11 @@ class OfStack(Grid):
         """Images `(m, h, h)`, those of these rows of the stack, denoised: the same shape, protein bright."""
         return self.back(self.denoise(self.seen(images), rows))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader is to know of it, by name."""
+        return {"grid (px)": self.n, "pixel size of the grid (Å)": round(self.pixel_size, 4)}
+
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         """The denoised images `(m, n, n)` of `seen` ones of these rows."""
         raise NotImplementedError

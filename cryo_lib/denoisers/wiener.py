@@ -51,6 +51,11 @@ class Wiener(OfStack):
             return np.ones((1, self.n, self.n // 2 + 1), np.float32)
         return ctf(self.stack.ctf.iloc[rows], self.n, self.pixel_size)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        ratio = self.signal / self.noise
+        return super().facts | {"CTF": self.stack.ctf is not None, "greatest S / N of a ring": f"{ratio.max():.3g}"}
+
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         k = self.n * np.hypot(scipy.fft.fftfreq(self.n)[:, None], scipy.fft.rfftfreq(self.n))
         signal, noise = (
