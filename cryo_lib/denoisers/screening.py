@@ -46,7 +46,7 @@ class Screen(Grid):
     Attributes
     ----------
     n, pixel_size : of the grid that is compared on, A.
-    volume : the map on it, `(n, n, n)`.
+    volume : the map on it, `(n, n, n)`, `in_sphere`.
     spectrum : `(n // 2 + 1,)`, the noise's power in rings, 1 being that of white noise of the background's sd.
     gain : how many sd of the noise one of a template is, templates being projections on [0, 1].
     """
@@ -68,7 +68,7 @@ class Screen(Grid):
         box = min(len(volume) * voxel_size, stack.images.shape[1] * own)
         n = 2 * round(min(size, box / max(voxel_size, own)) / 2)
         super().__init__(stack, n, box / n, contrast)
-        self.volume = projection.resample_volume(volume, voxel_size, n, self.pixel_size)
+        self.volume = projection.resample_volume(in_sphere(volume), voxel_size, n, self.pixel_size)
         self.templates, rotations = Templates([self.volume], device=device), directions(n_directions, seed)
         self.coefficients = self.templates.coefficients(0, rotations)
         views = projection.rescale(projection.project(self.volume, rotations[:FEW]))
@@ -111,6 +111,19 @@ class Screen(Grid):
     def _likelihood(self, images: np.ndarray, rows: Any, gain: float) -> float:
         """Log likelihood of a gain where every other image is noise alone: such images do not lower the estimate."""
         return float(np.logaddexp(0, self._evidence(images, rows, gain)).sum())
+
+
+def in_sphere(volume: Any) -> np.ndarray:
+    """A map less the level of its corners, and 0 beyond the sphere inscribed in its box: no view shows the box's edges.
+
+    The edge is a cosine over a tenth of the radius. The map is `(m, m, m)`.
+    """
+    volume = projection.as_volume(volume)
+    radius = np.sqrt(sum(axis**2 for axis in np.ogrid[(slice(-1, 1, len(volume) * 1j),) * 3]))
+    level = volume[radius > 1].mean(dtype=float)
+    return (volume - np.float32(level)) * (0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))).astype(
+        np.float32
+    )
 
 
 def background_spectrum(images: np.ndarray) -> np.ndarray:
