@@ -66,11 +66,20 @@ class OfMap(OfStack):
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         y, sigma, given = self.screen.question(self.screen.centred(y, rows), rows, self.screen.gain)
-        x_hat = self.maps.posterior(y, sigma, **given).x_hat
+        x_hat = in_circle(self.maps.posterior(y, sigma, **given).x_hat)
         if self.stack.poses is None:
             return x_hat
         level = noise.background(x_hat)[0][:, None, None].astype(np.float32)
         return moved(x_hat - level, self.stack.poses.shifts[rows] / self.pixel_size) + level
+
+
+def in_circle(images: np.ndarray) -> np.ndarray:
+    """Images `(m, n, n)`, level beyond the inscribed circle: a turned projection has corners of its box there."""
+    n = images.shape[-1]
+    radius = np.hypot(*np.ogrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j])
+    level = images[:, (radius > 0.9) & (radius <= 1)].mean(axis=1)[:, None, None]
+    edge = 0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))
+    return (images - level) * edge.astype(np.float32) + level
 
 
 def radius(volume: Any) -> int:

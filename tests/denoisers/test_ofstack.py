@@ -77,3 +77,12 @@ def test_the_grid_is_as_wide_as_what_the_map_shows_and_a_quarter_more():
     ball = np.sqrt((axis**2)[:, None, None] + (axis**2)[:, None] + axis**2) < 10
     assert abs(ofmap.radius(ball.astype(np.float32)) - 10) <= 1
     assert ofmap.radius(3 * ball.astype(np.float32) + 7) == ofmap.radius(ball.astype(np.float32))
+
+
+def test_beyond_the_inscribed_circle_images_are_level_and_within_they_stay():
+    images = np.random.default_rng(0).standard_normal((4, 32, 32)).astype(np.float32)
+    radius = np.hypot(*np.ogrid[-1:1:32j, -1:1:32j])
+    cut = ofmap.in_circle(images)
+    assert np.ptp(cut[:, radius > 1], axis=1).max() < 1e-6
+    np.testing.assert_allclose(cut[:, radius < 0.9], images[:, radius < 0.9], atol=1e-6)
+    np.testing.assert_allclose(ofmap.in_circle(images + 3), cut + 3, atol=1e-5)
