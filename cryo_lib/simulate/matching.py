@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,20 +66,20 @@ def names(chain: np.ndarray) -> list[str]:
 
 
 def parse(selection: str) -> list[tuple[str, list[tuple[int, int]]]]:
-    """Chains and their ranges of residue numbers (none: all) of a selection such as `C` or `A:1-29,60-121+B`."""
+    """Chains and their ranges of residue numbers (none: all) of a selection such as `C` or `A:1-29,60-121+B`.
+
+    Raises ValueError where it is not written so.
+    """
     chains = []
     for part in selection.split("+"):
         chain, _, ranges = part.partition(":")
-        try:
-            ends = [
-                ends.rpartition("-") if "-" in ends[1:] else (ends, "-", ends) for ends in ranges.split(",") if ends
-            ]
-            chains.append((chain, [(int(low), int(high)) for low, _, high in ends]))
-        except ValueError as error:
+        found = [re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", ends) for ends in ranges.split(",") if ranges]
+        if not chain or None in found:
             raise ValueError(
                 f"selection {selection!r}: expected a chain's name, or residues such as A:1-29,60-121 "
-                f"(chains joined by +), got {part!r}; name the first and the last residue of each range"
-            ) from error
+                f"(+ joins several), got {part!r}; name the first and the last residue of each range"
+            )
+        chains.append((chain, [(int(ends[1]), int(ends[2] or ends[1])) for ends in found]))
     return chains
 
 
@@ -95,34 +96,31 @@ def written(chain: np.ndarray, number: np.ndarray, chosen: np.ndarray) -> str:
 def match(a: gemmi.Structure, b: gemmi.Structure, *selections: str) -> Common:
     """The residues that the chains of `a` named by these selections (none, or "": all) have in common with `b`.
 
-    A chain's counterpart is that chain of `b`, taken once, with the most residues in common that are equal; of equal
-    ones that of the same name, then the first. Residues are matched by number where the numbers agree, else by
-    the alignment of their sequences.
+    Residues are matched by number where the numbers agree, else by the alignment of their sequences. A chain's
+    counterpart is that of the same name where their numbers agree; else, of the chains that are left, that with the
+    most equal residues, of equal ones that of the same name, then the first.
 
     Raises
     ------
     ValueError : a chain is not in `a`, or has no counterpart in `b`; that message lists the chains there are.
     """
-    present = {chain.name: chain for chain in a[0]}
     chains = list(dict.fromkeys(chain for selection in selections if selection for chain, _ in parse(selection)))
-    chains = chains if all(selections) and selections else list(present)
+    chains = chains if selections and all(selections) else [chain.name for chain in a[0]]
     require(a, chains, f"structure {a.name}")
-    starts = dict(zip(present, np.cumsum([0, *map(len, present.values())])))
-    others, rows = {chain.name: chain for chain in b[0]}, []
-    for name, chain in ((name, chain) for name, chain in present.items() if name in chains):
-        pairs = {other: _pairs(chain, others[other]) for other in sorted(others, key=lambda other: other != name)}
-        equal = {other: sum(chain[i].name == others[other][j].name for i, j in found) for other, found in pairs.items()}
-        best = max(equal, key=equal.__getitem__, default=None)
-        needed = max(SAME_PROTEIN * min(len(chain), len(others[best])), COVERED * len(chain)) if others else 0
-        if not others or equal[best] < needed:
-            sizes = ", ".join(f"{other} ({len(residues)} residues)" for other, residues in others.items())
+    counterparts, others, rows, start = _counterparts(a, b), {chain.name: chain for chain in b[0]}, [], 0
+    for chain in a[0]:
+        name, pairs = counterparts.get(chain.name, ("", []))
+        if chain.name in chains and not pairs:
+            free = others.keys() - {taken for taken, _ in counterparts.values()}
+            sizes = ", ".join(f"{other} ({len(others[other])} residues)" for other in others if other in free)
             raise ValueError(
-                f"chain {name} of {a.name} ({len(chain)} residues): expected the same protein in {b.name}, "
-                f"got {sizes or 'no other chain'}; choose other chains or files"
+                f"chain {chain.name} of {a.name} ({len(chain)} residues): expected the same protein, by number or "
+                f"alignment of its residues, in {b.name}, got {sizes or 'no other chain'}; choose other chains or files"
             )
-        partner = others.pop(best)
-        for i, j in pairs[best]:
-            rows.append((starts[name] + i, ca(chain[i]), ca(partner[j]), name, chain[i].seqid.num, best))
+        if chain.name in chains:
+            for i, j in pairs:
+                rows.append((start + i, ca(chain[i]), ca(others[name][j]), chain.name, chain[i].seqid.num, name))
+        start += len(chain)
     return Common(*map(np.array, zip(*rows)))
 
 
@@ -142,19 +140,47 @@ def ca(residue: gemmi.Residue) -> list[float]:
     return residue["CA"][0].pos.tolist()
 
 
-def _pairs(a: gemmi.Chain, b: gemmi.Chain) -> list[tuple[int, int]]:
-    """Places in two chains of the residues that are the same."""
+def _counterparts(a: gemmi.Structure, b: gemmi.Structure) -> dict[str, tuple[str, list[tuple[int, int]]]]:
+    """For chains of `a` their counterpart's name in `b`, and the places of the residues that are the same in both."""
+    others, found = {chain.name: chain for chain in b[0]}, {}
+    for chain in (chain for chain in a[0] if chain.name in others):
+        if pairs := _numbered(chain, others[chain.name]):
+            found[chain.name] = chain.name, pairs
+    for chain in (chain for chain in a[0] if chain.name not in found):
+        free = [name for name in others if name not in {taken for taken, _ in found.values()}]
+        pairs = {name: _numbered(chain, others[name]) or _aligned(chain, others[name]) for name in free}
+        best = max(pairs, key=lambda name: (_equal(chain, others[name], pairs[name]), name == chain.name), default=None)
+        if pairs.get(best):
+            found[chain.name] = best, pairs[best]
+    return found
+
+
+def _equal(a: gemmi.Chain, b: gemmi.Chain, pairs: list[tuple[int, int]]) -> int:
+    return sum(a[i].name == b[j].name for i, j in pairs)
+
+
+def _same(a: gemmi.Chain, b: gemmi.Chain, pairs: list[tuple[int, int]]) -> bool:
+    return _equal(a, b, pairs) >= max(SAME_PROTEIN * min(len(a), len(b)), COVERED * len(a))
+
+
+def _numbered(a: gemmi.Chain, b: gemmi.Chain) -> list[tuple[int, int]]:
+    """Places in two chains of the residues of the same number; none where these are others."""
     places = {str(residue.seqid): j for j, residue in enumerate(b)}
     pairs = [(i, places[str(residue.seqid)]) for i, residue in enumerate(a) if str(residue.seqid) in places]
-    equal = sum(a[i].name == b[j].name for i, j in pairs)
-    if equal >= max(SAME_NUMBERING * len(pairs), SAME_PROTEIN * min(len(a), len(b))):
-        return pairs
-    return sorted(_aligned(a, b) & {(i, j) for j, i in _aligned(b, a)})  # what depends on the order is a guess
+    return pairs if _same(a, b, pairs) and _equal(a, b, pairs) >= SAME_NUMBERING * len(pairs) else []
 
 
-def _aligned(a: gemmi.Chain, b: gemmi.Chain) -> set[tuple[int, int]]:
-    """Places of the equal residues in the alignment of two sequences; gaps are cheap where `b` is broken."""
-    alignment = gemmi.align_sequence_to_polymer([r.name for r in a], b.whole(), gemmi.PolymerType.PeptideL)
-    here, there = (np.array(list(alignment.add_gaps("x" * len(x), k))) == "x" for k, x in ((1, a), (2, b)))
-    columns = zip(np.cumsum(here)[here & there] - 1, np.cumsum(there)[here & there] - 1)
-    return {(int(i), int(j)) for i, j in columns if a[int(i)].name == b[int(j)].name}
+def _aligned(a: gemmi.Chain, b: gemmi.Chain) -> list[tuple[int, int]]:
+    """Places of the equal residues that are together in the alignment of either sequence to the other; none if few."""
+    found = []
+    for query, target in ((a, b), (b, a)):  # gaps are cheap where the target is broken
+        sequence = [residue.name for residue in query]
+        alignment = gemmi.align_sequence_to_polymer(
+            sequence, target.whole(), gemmi.PolymerType.PeptideL, gemmi.AlignmentScoring()
+        )
+        first = np.array(list(alignment.add_gaps("x" * len(query), 1))) == "x"
+        second = np.array(list(alignment.add_gaps("x" * len(target), 2))) == "x"
+        found.append(np.stack([first.cumsum(), second.cumsum()], axis=1)[first & second] - 1)
+    both = set(map(tuple, found[0].tolist())) & set(map(tuple, found[1][:, ::-1].tolist()))
+    pairs = sorted((i, j) for i, j in both if a[i].name == b[j].name)
+    return pairs if _same(a, b, pairs) else []

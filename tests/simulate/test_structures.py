@@ -11,10 +11,10 @@ import gemmi
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
-from scipy.spatial.transform import Rotation
 
 from cryo_lib.simulate import density, structures
-from cryo_lib.simulate.atoms import Atoms, centred, with_positions
+from cryo_lib.simulate.atoms import centred, with_positions
+from tests.simulate.helices import AWAY, AXIS, TURN, helices, moved, peptide, positions, toy
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RNAP = SHARED / "data" / "rnap"
@@ -30,10 +30,6 @@ def bond_lengths(structure):
         number = np.array([residue.seqid.num for residue in chain])
         lengths.append(np.linalg.norm(np.diff(ca, axis=0), axis=1)[np.diff(number) == 1])
     return np.concatenate(lengths)
-
-
-def positions(structure):
-    return Atoms.of(structure).xyz
 
 
 def ca_of(structure, chain, first=0, stop=10_000):
@@ -53,54 +49,6 @@ def rnap():
     closed = structures.read(RNAP / "5uh6.pdb.gz", structures.CHAINS)
     open_ = structures.read(RNAP / "6fbv.pdb.gz", structures.CHAINS)
     return closed, open_, structures.morph(closed, open_, 5)
-
-
-def helices(**starts):
-    """Chains of upright helices of 12 alanines that begin at `starts`; residue numbers jump from helix to helix."""
-    structure = gemmi.Structure()
-    structure.add_model(gemmi.Model(1))
-    places = (("N", 1.5, -28, -0.9), ("CA", 2.3, 0, 0.0), ("C", 1.7, 27, 1.1), ("O", 2.0, 20, 2.3))
-    for name, corners in starts.items():
-        chain = gemmi.Chain(name)
-        for helix, k in np.ndindex(len(corners), 12):
-            residue = gemmi.Residue()
-            residue.name, residue.entity_type = "ALA", gemmi.EntityType.Polymer
-            residue.seqid = gemmi.SeqId(100 * helix + k + 1, " ")
-            for atom_name, radius, turn, z in places:
-                angle = np.radians(100 * k + turn)
-                atom = gemmi.Atom()
-                atom.name, atom.element = atom_name, gemmi.Element(atom_name[0])
-                offset = np.array([radius * np.cos(angle), radius * np.sin(angle), 1.5 * k + z])
-                atom.pos = gemmi.Position(*(corners[helix] + offset))
-                residue.add_atom(atom)
-            chain.add_residue(residue)
-        structure[0].add_chain(chain)
-    structure.setup_entities()
-    return structure
-
-
-def peptide(name="C"):
-    return helices(**{name: [(0, 0, 0)]})
-
-
-def moved(structure, rotation, shift, chains=None):
-    """The structure, or these of its chains, rotated about the origin, then shifted."""
-    chain = np.array([site.chain.name for site in structure[0].all()])
-    xyz, which = positions(structure), np.isin(chain, chains or list(set(chain)))
-    xyz[which] = rotation.apply(xyz[which]) + shift
-    return with_positions(structure, xyz)
-
-
-HINGE, AXIS = np.array([10.0, 25.0, 0.0]), np.array([0.36, 0.48, 0.8])
-TURN, RISE = np.radians(20) * AXIS, 3.0 * AXIS
-AWAY = Rotation.from_euler("ZYZ", [50, 80, 20], degrees=True), np.array([30.0, -9.0, 4.0])
-
-
-def toy(fraction):
-    """A core C and, out of its reach, a clamp D moved by a share of a known screw: `TURN` about `HINGE`, and `RISE`."""
-    core, clamp = ([(x, y, 0) for x in (0, 10, 20) for y in ys] for ys in ((0, 10), (40, 50, 60)))
-    turn = Rotation.from_rotvec(fraction * TURN)
-    return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE) + fraction * RISE, ["D"])
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -349,7 +297,7 @@ def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_
     with pytest.raises(ValueError, match="closed.pdb: expected chains C, X, got a structure without X"):
         structures.prepare("files", 2, closed_file=closed, open_file=opened, chains=["C", "X"])
     core = structures.write(peptide(), tmp_path / "core.cif")
-    with pytest.raises(ValueError, match="core.cif: expected chains C, D, got a structure without D; .* chains are C"):
+    with pytest.raises(ValueError, match=r"chain C of closed \(72 residues\): expected .* in core, got C \(12"):
         structures.prepare("files", 2, closed_file=closed, open_file=core, chains=["C", "D"])
     with pytest.raises(ValueError, match="source: expected one of phantom, pdb, files, got 'rcsb'"):
         structures.prepare("rcsb")
