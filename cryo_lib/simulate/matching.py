@@ -114,8 +114,8 @@ def match(a: gemmi.Structure, b: gemmi.Structure, *selections: str) -> Common:
             free = others.keys() - {taken for taken, _ in counterparts.values()}
             sizes = ", ".join(f"{other} ({len(others[other])} residues)" for other in others if other in free)
             raise ValueError(
-                f"chain {chain.name} of {a.name} ({len(chain)} residues): expected the same protein, by number or "
-                f"alignment of its residues, in {b.name}, got {sizes or 'no other chain'}; choose other chains or files"
+                f"chain {chain.name} of {a.name} ({len(chain)} residues): expected the same protein (by number or "
+                f"alignment of its residues) in {b.name}, got {sizes or 'no other chain'}; choose other chains or files"
             )
         if chain.name in chains:
             for i, j in pairs:

@@ -59,3 +59,32 @@ def toy(fraction):
     core, clamp = ([(x, y, 0) for x in (0, 10, 20) for y in ys] for ys in ((0, 10), (40, 50, 60)))
     turn = Rotation.from_rotvec(fraction * TURN)
     return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE) + fraction * RISE, ["D"])
+
+
+def one_chain(structure):
+    """The clamp's residues behind the core's, in one chain, numbered on."""
+    clamp = structure[0]["D"].clone()
+    structure[0].remove_chain("D")
+    for residue in clamp:
+        residue.seqid.num += 600
+        structure[0]["C"].add_residue(residue)
+    structure.setup_entities()
+    return structure
+
+
+NAMES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL".split()
+
+
+def sequenced(structure, **seeds):
+    """The structure with residues drawn by a seed for each of its chains."""
+    for name, seed in seeds.items():
+        for residue, drawn in zip(structure[0][name], np.random.default_rng(seed).choice(NAMES, 1000)):
+            residue.name = drawn
+    return structure
+
+
+def renumbered(structure, by):
+    for chain in structure[0]:
+        for residue in chain:
+            residue.seqid.num += by
+    return structure

@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 
 from cryo_lib.simulate import domains, matching, structures
-from tests.simulate.helices import AWAY, moved, peptide, toy
-
-
-def one_chain(structure):
-    """The clamp's residues behind the core's, in one chain, numbered on."""
-    clamp = structure[0]["D"].clone()
-    structure[0].remove_chain("D")
-    for residue in clamp:
-        residue.seqid.num += 600
-        structure[0]["C"].add_residue(residue)
-    structure.setup_entities()
-    return structure
+from tests.simulate.helices import AWAY, moved, one_chain, peptide, toy
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])

@@ -6,31 +6,19 @@ import numpy as np
 import pytest
 
 from cryo_lib.simulate import matching
-from tests.simulate.helices import helices, toy
-
-NAMES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL".split()
+from tests.simulate.helices import helices, renumbered, sequenced, toy
 
 
 def protein(**seeds):
     """Chains of seven helices 20 A apart, their residues drawn by the seeds."""
-    starts = {name: [(20 * x, 40 * y, 0) for x in range(7)] for y, name in enumerate(seeds)}
-    structure = helices(**starts)
-    for chain, seed in zip(structure[0], seeds.values()):
-        for residue, name in zip(chain, np.random.default_rng(seed).choice(NAMES, len(chain))):
-            residue.name = name
-    return structure
+    return sequenced(
+        helices(**{name: [(20 * x, 40 * y, 0) for x in range(7)] for y, name in enumerate(seeds)}), **seeds
+    )
 
 
 def without(structure, chain, places):
     for place in sorted(places, reverse=True):
         del structure[0][chain][place]
-    return structure
-
-
-def renumbered(structure, by):
-    for chain in structure[0]:
-        for residue in chain:
-            residue.seqid.num += by
     return structure
 
 
@@ -70,7 +58,7 @@ def test_copies_keep_their_names():
 @pytest.mark.parametrize("seed", range(5))
 def test_another_protein_is_no_counterpart(seed):
     with pytest.raises(
-        ValueError, match=r"chain A of .* \(84 residues\): expected the same protein, .*got Q \(84 resid"
+        ValueError, match=r"chain A of .* \(84 residues\): expected the same protein .*got Q \(84 resid"
     ):
         matching.match(protein(A=seed), renumbered(protein(Q=100 + seed), 7))
 

@@ -14,7 +14,20 @@ from scipy.spatial import cKDTree
 
 from cryo_lib.simulate import density, structures
 from cryo_lib.simulate.atoms import centred, with_positions
-from tests.simulate.helices import AWAY, AXIS, TURN, helices, moved, peptide, positions, toy
+from cryo_lib.simulate.domains import core_and_clamp
+from tests.simulate.helices import (
+    AWAY,
+    AXIS,
+    TURN,
+    helices,
+    moved,
+    one_chain,
+    peptide,
+    positions,
+    renumbered,
+    sequenced,
+    toy,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RNAP = SHARED / "data" / "rnap"
@@ -84,6 +97,17 @@ def test_only_the_first_altloc_and_model_and_the_protein_are_read(tmp_path):
     structure = structures.read(path)
     assert len(structure) == 1
     assert positions(structure).tolist() == [[0, 0, 0], [3.8, 0, 0]]
+
+
+def test_files_of_molecular_dynamics_without_elements_and_chain_names_are_read(tmp_path):
+    """Names from the 13th column on, as CHARMM writes them: CA reads as calcium there, HG as mercury, NE as neon."""
+    names = "N HN CA HA CB CG CD NE HE CZ C OT1 OT2".split()
+    line = "ATOM  {:5d} {:4} ARG  {:4d}    {:8.3f}{:8.3f}{:8.3f}  1.00 20.00      4AKE\n".format
+    atoms = [line(k, name, 1 + k // 13, 1.5 * k, 0, 0) for k, name in enumerate(3 * names)]
+    (tmp_path / "md.pdb").write_text("".join(atoms) + "END\n")
+    structure = structures.read(tmp_path / "md.pdb", ["A"])
+    found = [(site.atom.name, site.atom.element.name) for site in structure[0].all()]
+    assert found == 3 * [(name, name[0]) for name in names if name[0] != "H"]
 
 
 def test_read_names_the_chains_that_are_there(tmp_path):
@@ -303,6 +327,21 @@ def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_
         structures.prepare("rcsb")
     with pytest.raises(ValueError, match="open_file: source 'files' needs the path of a coordinate file, got None"):
         structures.prepare("files", closed_file="closed.pdb")
+
+
+def test_a_hinge_within_one_chain_of_another_name_is_opened(tmp_path):
+    """Core and clamp in one chain; in the open file it has another name and other numbers, and lacks its first turn."""
+    closed, opened = (sequenced(one_chain(x), C=1) for x in (toy(0), moved(toy(1), *AWAY)))
+    renumbered(opened, 7)[0]["C"].name = "X"
+    del opened[0]["X"][:4]
+    files = {"closed_file": structures.write(closed, tmp_path / "closed.pdb")}
+    files["open_file"] = structures.write(opened, tmp_path / "open.cif")
+    made = structures.prepare("files", 3, **files, chains=["C"], core_chain="C", clamp_chain="C")
+    core, clamp = core_and_clamp(made[0], made[-1], "C", "C")
+    angles = [structures.clamp_angle(made[0], structure, core, clamp) for structure in made]
+    np.testing.assert_allclose(angles, [0, 10, 20], atol=0.05)
+    view = structures.cleft_view(made[0], made[-1], core, clamp)
+    np.testing.assert_allclose(view @ view.T, np.eye(3), atol=1e-9)
 
 
 def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():
