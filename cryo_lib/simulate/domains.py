@@ -94,16 +94,16 @@ def _require(body: np.ndarray, found: int) -> None:
 
 def rigid_neighbours(ca: np.ndarray, known: np.ndarray, target: np.ndarray) -> sparse.csr_array:
     """Row-normalised `(residues, known)` weights: near (4 A sd) and rigid (distance kept, 1 A sd)."""
-    tree, n = cKDTree(ca[known]), len(known)
+    tree, n, k = cKDTree(ca[known]), len(known), min(25, len(known))
     i, j = tree.query_pairs(12.0, output_type="ndarray").T
     before, after = np.linalg.norm(ca[known[i]] - ca[known[j]], axis=1), np.linalg.norm(target[i] - target[j], axis=1)
     weight = np.exp(-0.5 * (before / 4.0) ** 2 - 0.5 * (after - before) ** 2)
     lost = np.setdiff1d(np.arange(len(ca)), known)
-    near = np.empty((len(lost), 50), int)
+    near = np.empty((len(lost), 2 * k), int)
     edges = np.flatnonzero(np.diff(lost, prepend=-2, append=len(ca) + 1) > 1)
     for start, stop in pairwise(edges):  # an absent stretch moves as one body
-        near[start:stop] = tree.query(ca[lost[[start, stop - 1]]], 25)[1].ravel()
-    rows = np.concatenate([known[i], known[j], known, np.repeat(lost, 50)])
+        near[start:stop] = tree.query(ca[lost[[start, stop - 1]]], k)[1].ravel()
+    rows = np.concatenate([known[i], known[j], known, np.repeat(lost, 2 * k)])
     columns = np.concatenate([j, i, np.arange(n), near.ravel()])
     values = np.concatenate([weight, weight, np.ones(n + near.size)])
     weights = sparse.csr_array((values, (rows, columns)), shape=(len(ca), n))

@@ -265,6 +265,14 @@ def test_residues_that_only_the_closed_structure_has_move_with_their_neighbours(
     assert np.abs(positions(carried) - positions(toy(1))).max() < 0.01
 
 
+def test_a_chain_of_few_residues_is_carried_too():
+    """Eighteen residues in both structures, fewer than the neighbours that a lost stretch else moves with."""
+    closed, opened = (sequenced(helices(C=[(0, 0, 0), (10, 0, 0)]), C=1) for _ in range(2))
+    del opened[0]["C"][3:9]
+    carried = structures.morph(closed, opened, 2, core_chain="C:1-12", clamp_chain="C:101-112")[-1]
+    assert np.abs(positions(carried) - positions(closed)).max() < 0.01
+
+
 @needs_rnap
 def test_the_real_clamp_turns_18_8_degrees_and_in_equal_steps(rnap):
     closed, open_, path = rnap
