@@ -30,7 +30,7 @@ COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they 
 TOGETHER = 8  # images that share their fine templates
 KEPT = 2**27  # coefficients of a grid's projections that are kept at most, 1 GB
 ROWS = 4096  # images, times shifts, that are held at a time
-BELOW = 18.0, 0.05  # nats below an image's best coarse direction that one may be, and this share of the best besides
+BELOW = 18.0, 0.02  # nats below an image's best coarse direction that one may be, and this share of the best besides
 
 
 class References:
@@ -221,16 +221,17 @@ class Maps:
             size = len(self.grids[level])
             best = np.max([score.max(axis=1) for score in scores if score.size], axis=0)
             least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
-            likely = [numbers[(score > least).any(axis=0)] for score, numbers in zip(scores, near)]
-            if level and sum(map(len, likely)) > count * size / 8:
+            held = [score > least for score in scores]
+            if level and sum(map(np.sum, held)) > total.n * count * size / 8:
                 break
+            likely = [numbers[each.any(axis=0)] for each, numbers in zip(held, near)]
             reach = 1.2 * np.sqrt(4 * np.pi / size)
             near = [_within(self.grids[finer], self.grids[level][numbers], reach) for numbers in likely]
             total, scores, level = total.some(slice(0, total.n)), [], finer
             for label, numbers in enumerate(near):
                 many = len(numbers) > 0
                 score = total.add(self._coefficients(label, level, numbers), label).cpu().numpy() if many else None
-                scores.append(np.empty((0, 0)) if score is None else score)
+                scores.append(np.empty((total.n, 0)) if score is None else score)
         rotations = np.concatenate([self.grids[level][numbers] for numbers in near])
         return _with_poses(total, rotations, count * len(self.grids[level]))
 
