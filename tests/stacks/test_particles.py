@@ -479,7 +479,7 @@ def test_bad_cs_files(tmp_path):
 AWKWARD = """# a comment
 data_general
 
-_rlnTomoSubTomosAre2DStacks                       1
+_rlnTomoSubTomosAre2DStacks                       0
 
 # version 50001
 
