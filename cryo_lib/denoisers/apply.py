@@ -27,6 +27,7 @@ def denoise_stack(
     out: str | Path,
     *,
     columns: Mapping[str, Any] | None = None,
+    project: str | Path | None = None,
     batch_size: int = 100,
     precision: str = "float32",
     progress: bool = False,
@@ -44,6 +45,8 @@ def denoise_stack(
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
         the image reference changes.
     columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`.
+    project : the folder that image references are relative to, those of `particles` (where it is a path) and of `out`;
+        see `ParticleStack.open` and `write` for None.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -55,7 +58,7 @@ def denoise_stack(
     ------
     ValueError : images not of the size the network was built for; half-sets missing, or others than `model` has.
     """
-    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles)
+    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles, project=project)
     if isinstance(model, Mapping):
         half_sets = stack.half_sets
         if half_sets is None or set(half_sets) != set(model):
@@ -96,7 +99,7 @@ def denoise_stack(
     if parallel.rank():
         for _ in denoised():
             pass
-    return parallel.from_first(lambda: write(out, denoised(), stack, columns=columns))
+    return parallel.from_first(lambda: write(out, denoised(), stack, columns=columns, project=project))
 
 
 def fit(

@@ -26,16 +26,19 @@ def require(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def numbers(path: Path, table: pd.DataFrame, whole: bool = False, row: str = "particle row") -> pd.DataFrame:
-    """The table in float64; ValueError names the first field that is no finite number, or no `whole` one."""
+    """The table in float64; ValueError names the first field that is no finite number, or no `whole` one.
+
+    RELION reads a number's first characters, `1,5` as 1; here such a field is none.
+    """
     found = table.apply(pd.to_numeric, errors="coerce").astype(float)
     values = found.to_numpy()
     words = np.array([column.dtype.kind == "b" for _, column in table.items()], bool)  # True and False
     bad = np.argwhere(~np.isfinite(values) | words | (whole & (np.trunc(values) != values)))
     if len(bad):
         at, column = bad[0]
-        kind = f"{'whole' if whole else 'finite'} {table.columns[column]}"
-        got = f"got {table.iloc[at, column]} ({len(bad)} such fields); correct or remove these rows"
-        raise ValueError(f"{path}, {row} {at + 1}: expected a {kind}, such as {'1' if whole else '1.5'}, {got}")
+        kind, like = ("whole", "1") if whole else ("finite", "1.5")
+        got = f"got {table.iloc[at, column]} ({len(bad)} such fields); correct (as {like}) or remove these rows"
+        raise ValueError(f"{path}, {row} {at + 1}: expected a {kind} {table.columns[column]}, {got}")
     return found
 
 

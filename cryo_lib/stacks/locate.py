@@ -36,16 +36,17 @@ def find_images(path: Path, references: Iterable[str], project: str | Path | Non
         what = "a volume (a 3D subtomogram)" if file.holds == "a volume" else "a stack (of the tilts of a particle)"
         raise ValueError(
             f"{path}, particle row {row + 1}: expected an image number before @, or a file of one image, got "
-            f"{file.path}, {what} of {counts[row]} sections ({len(bad)} such rows); write 1@..., or, of tomography, use "
-            "other tools"
+            f"{file.path}, {what} of {counts[row]} sections ({len(bad)} such rows); write 1@..., or, of "
+            "tomography, use other tools"
         )
     index = np.array([_whole(number) for number, _ in parts], np.int64) - ~alone
     bad = np.flatnonzero((index < 0) | (index >= counts))
     if len(bad):
         row, stack = bad[0], files[code[bad[0]]].path
+        got = repr("@".join(parts[row]).replace("@>", "@"))
         raise ValueError(
             f"{path}, particle row {row + 1}: expected a whole image number from 1 to {counts[row]}, as in {stack}, "
-            f"got {'@'.join(parts[row])!r} ({len(bad)} such rows); the stack was cut short, or is another's"
+            f"got {got} ({len(bad)} such rows); the stack was cut short, or is another's"
         )
     boxes = {file.shape[1:]: file.path for file in reversed(files)}
     if len(boxes) > 1:
