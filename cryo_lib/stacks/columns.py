@@ -74,10 +74,3 @@ def resized(frame: pd.DataFrame, pixel_size: float) -> dict[str, np.ndarray]:
     return {
         label: values for label, values in wanted.items() if not np.allclose(said[label], values, PIXEL_TOLERANCE, 0)
     }
-
-
-def named(optics: pd.DataFrame) -> pd.DataFrame:
-    """Optics groups with their numbers and names, in RELION's order of columns."""
-    groups = range(1, len(optics) + 1)
-    names = [f"opticsGroup{group}" for group in groups]
-    return pd.concat([pd.DataFrame({"rlnOpticsGroupName": names, "rlnOpticsGroup": groups}), optics], axis=1)

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from cryo_lib.files import foreign
 from cryo_lib.simulate.projection import euler_from_rotation
-from cryo_lib.stacks.columns import ANGLES, DEFOCUS, MICROSCOPE, ORIGINS, named
+from cryo_lib.stacks.columns import ANGLES, DEFOCUS, MICROSCOPE, ORIGINS
 
 
 def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -77,4 +77,6 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     group = optics.groupby(list(optics.columns), sort=False).ngroup()
     table["rlnOpticsGroup"] = group + 1
     optics = optics[~group.duplicated()].reset_index(drop=True)
-    return table, named(optics)
+    optics.insert(0, "rlnOpticsGroup", optics.index + 1)
+    optics.insert(0, "rlnOpticsGroupName", [f"opticsGroup{number}" for number in optics["rlnOpticsGroup"]])
+    return table, optics

@@ -21,9 +21,9 @@ from cryo_lib.stacks.columns import (
     ANGLES,
     CTF_DEFAULTS,
     DEFOCUS,
+    DETECTOR,
     MICROSCOPE,
     ORIGINS,
-    named,
     numbers,
     pixel_size_of,
     require,
@@ -287,18 +287,19 @@ def write(
 def _star_like(like: ParticleStack, columns: Mapping[str, np.ndarray], references: Iterator[str]) -> Iterable[bytes]:
     """The text of the star file of images in place of those of `like`."""
     star, optics, table = like._star, like.optics, like.table
-    if star is None and optics is None:
-        size = {} if like.pixel_size is None else {"rlnImagePixelSize": [like.pixel_size]}
-        optics = named(pd.DataFrame(size | {"rlnImageSize": [like.images.shape[2]], "rlnImageDimensionality": 2}))
-        table = table.assign(rlnImageName="", rlnOpticsGroup=1)
     if like._by_hand:
         columns = resized(table, like.pixel_size) | columns
         sizes = {} if optics is None else resized(optics, like.pixel_size)
     else:
         sizes = {}
     if star is None:
-        table = table.assign(rlnImageName=list(references), **columns)
-        return [star_text({"optics": optics.assign(**sizes), "particles": table})]
+        tables = {} if optics is None else {"optics": optics.assign(**sizes)}
+        if optics is None or not set(MICROSCOPE) <= set(optics):  # RELION takes no such groups; it does as in 3.0
+            detector = dict(zip(DETECTOR, (like.pixel_size, 1e4))) if like.pixel_size else {}
+            tables, table = {}, table.assign(**detector).drop(columns="rlnOpticsGroup", errors="ignore")
+        table = table.assign(**columns)
+        table = table.reindex(columns=["rlnImageName", *table.columns.drop("rlnImageName", errors="ignore")])
+        return [star_text(tables | {"particles": table.assign(rlnImageName=list(references))})]
     if sizes:
         star = Star(star.path, b"".join(star.replaced("optics", _as_text(sizes))))
     return star.replaced(star.find("rlnImageName"), {"rlnImageName": references} | _as_text(columns))
