@@ -319,7 +319,7 @@ class Trainer(Algorithm1):
             for name in self._parts():
                 getattr(self, name).load_state_dict(state[name])
             self.iteration, self.seconds, self.history = state["iteration"], state["seconds"], state["history"]
-        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             got = foreign(path) or "a damaged one, one cut short, or another's"
             problem = f"expected the state of this training, to go on with, got {got}"
             raise ValueError(f"{path}: {problem}; delete it to train from the start") from error

@@ -470,7 +470,10 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         got = foreign(path) or f"a damaged file, or one cut short ({error}): copy it again"
         raise ValueError(f"checkpoint {path}: expected weights as safetensors, got {got}") from error
     except KeyError as error:
-        raise ValueError(f"checkpoint {path}: its card has no {error}; it was not written by this library") from error
+        raise ValueError(
+            f"checkpoint {path}: expected a generator's card, its card has no {error}: it is not this library's"
+        ) from error
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: weights and card do not fit together or are damaged: {error}") from error
+        problem = f"weights and card do not fit together or are damaged: {error}"
+        raise ValueError(f"checkpoint {path}: expected weights that its card describes, {problem}") from error
     return model.eval(), card

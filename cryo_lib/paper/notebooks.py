@@ -63,6 +63,13 @@ def value_of(name: str, text: str, default: Any) -> Any:
     return _yaml(f"parameter {name!r}", text)
 
 
+def _file(path: str) -> Any:
+    """What a parameter file holds."""
+    if not Path(path).is_file():
+        raise NotebookError(f"parameters: expected the file {path}, found nothing; start in the repository's root")
+    return _yaml(path, Path(path).read_bytes())
+
+
 def _yaml(name: str, text: str | bytes) -> Any:
     try:
         return yaml.safe_load(text)
@@ -90,7 +97,7 @@ def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.No
         raise NotebookError(f"{path}: no such notebook; there are {there}")
     try:
         notebook = nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
         raise NotebookError(
             f"{path}: expected a Jupyter notebook, got another file ({error}); check the path"
         ) from error
@@ -231,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command in ("run", "script"):
             notebook, parameters = find(options.notebook), {}
             for name in options.s:
-                parameters |= section(_yaml(options.params, Path(options.params).read_bytes()), name)
+                parameters |= section(_file(options.params), name)
             known = declared(_read(notebook, {}, False), notebook.name) if options.p else {}
             parameters |= {name: value_of(name, text, known.get(name)) for name, text in options.p}
             if options.command == "script":
@@ -245,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "export":
             export()
         else:
-            print(report(_yaml(options.params, Path(options.params).read_bytes())["scale"]))
+            print(report(_file(options.params)["scale"]))
     except (NotebookError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

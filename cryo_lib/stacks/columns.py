@@ -33,7 +33,7 @@ def numbers(path: Path, table: pd.DataFrame, whole: bool = False, row: str = "pa
     found = table.apply(pd.to_numeric, errors="coerce").astype(float)
     values = found.to_numpy()
     words = np.array([column.dtype.kind == "b" for _, column in table.items()], bool)  # True and False
-    bad = np.argwhere(~np.isfinite(values) | words | (whole & (np.trunc(values) != values)))
+    bad = np.argwhere(~np.isfinite(values) | words | (whole & ((np.trunc(values) != values) | (abs(values) > 2**53))))
     if len(bad):
         at, column = bad[0]
         kind, like = ("whole", "1") if whole else ("finite", "1.5")

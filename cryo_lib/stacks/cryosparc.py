@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     try:
         with open(path, "rb") as file:
             cs = np.lib.format.read_array(file, allow_pickle=False, max_header_size=1 << 24)
-    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError) as error:
+    except (ValueError, EOFError, SyntaxError, TypeError, MemoryError, tokenize.TokenError) as error:
         got = foreign(path) or "one that numpy cannot read: damaged, cut short or no .cs file; copy it again"
         raise ValueError(f"{path}: expected a cryoSPARC .cs file, got {got}") from error
     names, needed = cs.dtype.names or (), ("blob/path", "blob/idx", "blob/shape", "blob/psize_A")
@@ -36,15 +36,13 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         )
 
     def column(name: str, *shape: int) -> np.ndarray:
-        values = cs[name]
-        if values.shape[1:] != shape or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+        values = cs[name] if name in names else np.array(0)
+        if values.shape != (len(cs), *shape) or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
             got = f"{values.dtype} of shape {values.shape}, or NaN or infinity among them"
-            raise ValueError(
-                f"{path}: {name}: expected finite numbers of shape (n, ...) = {(len(cs), *shape)}, got {got}"
-            )
+            raise ValueError(f"{path}: {name}: expected finite numbers of shape {(len(cs), *shape)}, got {got}")
         return values.astype(float)
 
-    files = [os.fsdecode(value) for value in cs["blob/path"].tolist()]
+    files = _texts(cs["blob/path"])
     numbers = column("blob/idx").astype(int) + 1
     table = pd.DataFrame({"rlnImageName": [f"{number:06d}@{name}" for number, name in zip(numbers.tolist(), files)]})
     optics = pd.DataFrame({"rlnImagePixelSize": column("blob/psize_A").round(6)})
@@ -62,7 +60,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
             if name in names:
                 table[label] = column(name).astype(int) + 1
     if "location/micrograph_path" in names:
-        table["rlnMicrographName"] = [os.fsdecode(v).lstrip(">") for v in cs["location/micrograph_path"].tolist()]
+        table["rlnMicrographName"] = [name.lstrip(">") for name in _texts(cs["location/micrograph_path"])]
         size = column("location/micrograph_shape", 2)
         for axis, label in enumerate(("rlnCoordinateX", "rlnCoordinateY")):
             table[label] = column(f"location/center_{'xy'[axis]}_frac") * size[:, 1 - axis]
@@ -80,3 +78,7 @@ def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     optics.insert(0, "rlnOpticsGroup", optics.index + 1)
     optics.insert(0, "rlnOpticsGroupName", [f"opticsGroup{number}" for number in optics["rlnOpticsGroup"]])
     return table, optics
+
+
+def _texts(values: np.ndarray) -> list[str]:
+    return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values.tolist()]
