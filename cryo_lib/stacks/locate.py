@@ -72,11 +72,10 @@ def _find_files(path: Path, names: Iterable[str], project: str | Path | None) ->
     for marked in names:
         name = marked.removeprefix(">")
         beside = [str(here)] * (name != marked)
-        places = {}
-        for wanted in (name, name.rpartition(":")[0]):
-            for folder in (beside + folders) * bool(wanted):
-                places.setdefault(os.path.join(folder, wanted), folder)
-        hits = [place for place in places if os.path.isfile(place)]
+        for wanted in (name, name.rpartition(":")[0] or name):
+            places = {os.path.join(folder, wanted): folder for folder in dict.fromkeys(beside + folders)}
+            if hits := [place for place in places if os.path.isfile(place)]:
+                break
         if not hits:
             raise FileNotFoundError(
                 f"{path}: expected {name} under one of {', '.join(beside + folders)}, got no such file; open with "

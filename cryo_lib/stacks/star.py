@@ -200,6 +200,6 @@ def _fields(where: str, column: pd.Series) -> list[str]:
         if not isinstance(value, str | int) or re.search(r"[\x00-\x08\x0a-\x1f]", str(value)) or quote is None:
             problem = "expected text of one line, with one kind of quotes at most"
             raise ValueError(f"{where}, row {row}: {problem}, got {value!r}; name it otherwise")
-        plain = re.fullmatch(r"""[^\s"'#]\S*""", str(value))
+        plain = re.fullmatch(r"""(?!_|data_|loop_)[^\s"'#]\S*""", str(value))
         fields.append(str(value) if plain else f"{quote}{value}{quote}")
     return fields
