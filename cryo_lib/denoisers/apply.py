@@ -47,11 +47,12 @@ def denoise_stack(
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
         the image reference changes.
-    columns : numbers that the star gets beside its own, `(n,)` float64 of each label; see `stacks.particles.write`.
-        They are read when all images are written: `watch` may fill them.
+    columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`. They are
+        read when all images are written: `watch` may fill them.
     watch : called with the rows (a slice) and the denoised images of each batch before it is written, in the first
         process.
-    project : the folder that RELION will be run in; None is the star's own folder.
+    project : the folder that image references are relative to, those of `particles` (where it is a path) and of `out`;
+        see `ParticleStack.open` and `write` for None.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -63,7 +64,7 @@ def denoise_stack(
     ------
     ValueError : images not of the size the network was built for; half-sets missing, or others than `model` has.
     """
-    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles)
+    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles, project=project)
     model = model if isinstance(model, Mapping) else {0: model}
     half_sets = np.broadcast_to(0, len(stack)) if set(model) == {0} else stack.half_sets
     if half_sets is None or set(half_sets) != set(model):

@@ -59,6 +59,28 @@ def test_numbers_become_columns_of_the_star_and_nothing_else_has_room_for_them(s
             apply.denoise_stack(network(), stack[0], tmp_path / name, columns={"new": values})
 
 
+def test_a_project_is_where_references_start_in_and_out(tmp_path):
+    """As RELION has it: the star below the project, images relative to the project."""
+    y = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    source = tmp_path / "Extract" / "job001" / "x.star"
+    particles.new(source, y, projection.random_rotations(3, 0), 6.4, project=tmp_path)
+    out = apply.denoise_stack(lambda y: 2 * y, source, tmp_path / "Denoise" / "d.star", project=tmp_path)
+    written = particles.ParticleStack.open(out, project=tmp_path)
+    np.testing.assert_allclose(written.images[:], 2 * y)
+    assert written.table["rlnImageName"][0] == "000001@Denoise/d.mrcs"
+
+
+def test_a_pixel_size_by_hand_is_written_so_that_the_stack_opens_again(stack, tmp_path):
+    path, _ = stack
+    wrong = tmp_path / "wrong.star"
+    wrong.write_text(path.read_text().replace("6.400000", "1.000000"))
+    with pytest.raises(ValueError, match="expected one pixel size"):
+        particles.ParticleStack.open(wrong)
+    opened = particles.ParticleStack.open(wrong, pixel_size=6.4)
+    denoise = apply.fit(Seen(), CARD, opened, contrast="bright")
+    assert particles.ParticleStack.open(apply.denoise_stack(denoise, opened, tmp_path / "d.star")).pixel_size == 6.4
+
+
 def test_any_function_of_images_is_a_denoiser(stack, tmp_path):
     written = apply.denoise_stack(lambda y: 2 * y, stack[0], tmp_path / "d.star", batch_size=2)
     np.testing.assert_allclose(particles.ParticleStack.open(written).images[:], 2 * stack[1])
