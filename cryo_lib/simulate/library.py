@@ -161,7 +161,7 @@ def read(folder: str | Path, entry: str) -> Points:
     """
     path, row = path_of(folder, entry), entries().loc[entry]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected entry {entry}, found nothing; run notebook 16, which fetches it")
+        raise FileNotFoundError(f"{path}: expected entry {entry}, found nothing; run notebook 40, which fetches it")
     structure = gemmi.read_structure(str(path))
     structure.setup_entities()
     del structure[1:]

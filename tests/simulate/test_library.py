@@ -103,7 +103,7 @@ def test_reading_builds_the_assembly_of_heavy_atoms_without_water(listed, tmp_pa
     np.testing.assert_allclose(points.xyz[4:] - points.xyz[:4], np.tile((50.0, 0, 0), (4, 1)), atol=1e-6)
     with pytest.raises(ValueError, match="entry: expected one of 1ABC, got '2XYZ'"):
         library.read(tmp_path, "2XYZ")
-    with pytest.raises(FileNotFoundError, match="expected entry 1ABC, found nothing; run notebook 16"):
+    with pytest.raises(FileNotFoundError, match="expected entry 1ABC, found nothing; run notebook 40"):
         library.read(tmp_path / "elsewhere", "1ABC")
 
 
