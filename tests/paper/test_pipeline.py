@@ -51,8 +51,8 @@ def test_a_stage_has_one_dependency_on_code_and_the_name_of_its_notebook(name):
 
 
 def test_every_notebook_has_one_stage_and_training_two_and_the_pipeline_is_short():
-    """Training has one for each data set."""
-    wanted = [*(ROOT / "notebooks").glob("*.ipynb"), ROOT / "notebooks" / "03_train_networks.ipynb"]
+    """Training has one for each data set; notebooks from 40 on are commands, no stages."""
+    wanted = [*(ROOT / "notebooks").glob("[0-3]*.ipynb"), ROOT / "notebooks" / "03_train_networks.ipynb"]
     assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted(wanted)
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
 
