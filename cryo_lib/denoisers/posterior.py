@@ -40,9 +40,11 @@ class References:
     images : `(m, h, h)`, on the grey scale that the noisy images have without their noise.
     tolerance : share of their energy that the basis leaves out.
     device : "auto", "cpu" or "cuda".
+    mirrors : take their mirror images as well, numbered m to 2m - 1: of projections, those from the opposite side.
     """
 
-    def __init__(self, images: Any, tolerance: float = 1e-4, device: str = "auto") -> None:
+    def __init__(self, images: Any, tolerance: float = 1e-4, device: str = "auto", mirrors: bool = False) -> None:
+        images = np.concatenate([images, mirrored(images)]) if mirrors else images
         self.basis = Basis(images, tolerance, pick_device(device))
         self.coefficients = self.basis.expand(images)
 
@@ -94,16 +96,24 @@ class References:
         return mean[:, 0] + torch.view_as_complex(moved.float().unflatten(1, (-1, 2)).contiguous())
 
 
-def posterior_mean(y: Any, references: Any, sigma: Any, temperature: float = 1.0, **given: Any) -> np.ndarray:
+def mirrored(images: Any) -> np.ndarray:
+    """Images `(m, h, h)` with x taken to -x about RELION's centre: of a projection, that from the opposite side."""
+    images = square(images, "references")
+    return np.roll(images[..., ::-1], 1 + images.shape[-1] % 2, axis=-1)
+
+
+def posterior_mean(
+    y: Any, references: Any, sigma: Any, temperature: float = 1.0, mirrors: bool = False, **given: Any
+) -> np.ndarray:
     """E[x | y] over references and their turns, `(n, h, h)` float32; see `References`.
 
     Parameters
     ----------
     y : noisy images `(n, h, h)`. references : `(m, h, h)`.
     sigma : sd of the noise, a number or `(n,)`; `noise_level` estimates it.
-    temperature, given : as of `References.posterior`.
+    mirrors : as of `References`. temperature, given : as of `References.posterior`.
     """
-    return References(references).posterior(y, sigma, temperature, **given).x_hat
+    return References(references, mirrors=mirrors).posterior(y, sigma, temperature, **given).x_hat
 
 
 def choose_temperature(

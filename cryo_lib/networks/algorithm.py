@@ -33,6 +33,10 @@ class Settings(BaseModel):
     beta1: float = Field(0.5, ge=0, lt=1, description="Adam's decay of the first moment")
     beta2: float = Field(0.999, ge=0, lt=1, description="Adam's decay of the second moment")
     decay: float = Field(0.0, ge=0, le=1, description="share of the training, its end, over which rates fall to 0")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the training, its start, over which rates rise from 0")
+    average: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of G's weights, which is kept; 0: none"
+    )
     lam: float = Field(10.0, ge=0, description="lambda, weight of the reconstruction loss")
     mu: float = Field(10.0, ge=0, description="weight of WGAN's gradient penalty")
     reconstruction_reduction: Reduction = Field("mean", description="over an image's pixels")
@@ -40,6 +44,8 @@ class Settings(BaseModel):
     noise: Literal[contamination.NOISES] = Field("gaussian", description="that replaces contaminated images")
     unit: Literal[contamination.UNITS] = Field("sample", description="what is contaminated: pairs or whole minibatches")
     redraw: bool = Field(False, description="fresh contamination in every epoch")
+    fresh_noise: bool = Field(False, description="fresh noise in every epoch; simulated images only")
+    augment: bool = Field(False, description="turn pairs by right angles and mirror them, at random")
     jitter_degrees: float = Field(10.0, ge=0, description="of contamination J: sd of the turn about each axis")
     jitter_pixels: float = Field(1.0, ge=0, description="of contamination J: sd of the shift along x and y")
     screen: bool = Field(False, description="leave out pairs that do not belong together (contamination.screen)")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from cryo_lib.files import atomic
 from cryo_lib.networks import models, parallel, pggan
 from cryo_lib.networks.algorithm import Algorithm1, Settings
-from cryo_lib.networks.batches import Batches
+from cryo_lib.networks.batches import Batches, turned
 from cryo_lib.networks.losses import Method
 from cryo_lib.networks.replay import Replayed
 
@@ -35,8 +36,12 @@ class Trainer(Algorithm1):
     method : the scores and the reconstruction loss.
     settings : see `Settings`.
     pairs : epoch -> (x, y), the training pairs of that epoch, `(n, h, w)` float32; called again only when
-        `settings.redraw` asks for fresh contamination.
-    seed : of the initial weights, the minibatch order and the gradient penalty's mixing.
+        `settings.redraw` asks for fresh contamination or `settings.fresh_noise` for fresh noise.
+    seed : of the initial weights, the minibatch order, augmentation and the gradient penalty's mixing.
+
+    Attributes
+    ----------
+    kept : the generator that is validated and written: the one that is trained, or the moving average of its weights.
 
     Raises
     ------
@@ -61,6 +66,7 @@ class Trainer(Algorithm1):
             self.generator = models.GENERATORS[settings.architecture](x.shape[-1], settings.width)
             discriminator = models.DISCRIMINATORS[settings.architecture]
             self.discriminator = None if method.adversary == "none" else discriminator(x.shape[-1], settings.width)
+        self.kept = copy.deepcopy(self.generator) if settings.average else self.generator
         self.optimise_g = self._optimiser(self.generator, settings.eta_g)
         if self.discriminator is not None:
             self.optimise_d = self._optimiser(self.discriminator, settings.eta_d)
@@ -131,17 +137,37 @@ class Trainer(Algorithm1):
                     for name, value in self._step(*minibatch).items():
                         sums[name] = sums.get(name, 0) + value
                     self.iteration += 1
+                    self._average()
         return sums
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the weights that are kept towards the present ones: by more in the first iterations, a mean of few."""
+        if self.settings.average:
+            decay = min(self.settings.average, self.iteration / (10 + self.iteration))
+            move = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+            move([*self.kept.parameters()], [*self.generator.parameters()], self.iteration)
 
     def _minibatches(self, epoch: int, chosen: slice) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """This process's part of some minibatches of an epoch: references, noisy images, mixing, how large a part."""
-        if self.settings.redraw and epoch != self._epoch:
+        if (self.settings.redraw or self.settings.fresh_noise) and epoch != self._epoch:
             self._load(epoch, *self.pairs(epoch), self.batches.resident)
         whole = self.epoch_batches(epoch)[chosen]
         order = [rows[parallel.part(len(rows))] for rows in whole]
         mixing = self.epoch_mixing(epoch)[chosen].to(self.device)
-        for rows, part, (x, y), mix in zip(whole, order, self.batches.take(order), mixing):
+        taken = self.batches.take(order)
+        if self.settings.augment:
+            taken = self._augmented(taken, epoch, order)
+        for rows, part, (x, y), mix in zip(whole, order, taken, mixing):
             yield x, y, mix[:, : len(rows)][:, parallel.part(len(rows))], len(part) / len(rows)
+
+    def _augmented(
+        self, taken: Iterable[tuple[Tensor, Tensor]], epoch: int, order: list[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Minibatches, given by their rows, with both images of a pair turned alike, anew in every epoch."""
+        turns = torch.randint(8, (len(self.batches),), generator=self._draws(epoch))[torch.cat(order)]
+        for (x, y), each in zip(taken, turns.to(self.device).split([len(part) for part in order])):
+            yield turned(x, each), turned(y, each)
 
     def _step(self, x: Tensor, y: Tensor, mix: Tensor, share: float) -> dict[str, Tensor]:
         x = self._grow(x)
@@ -165,6 +191,7 @@ class Trainer(Algorithm1):
     def _set_rates(self) -> None:
         left = 1 - self.iteration / self.iterations
         share = min(1.0, left / self.settings.decay) if self.settings.decay else 1.0
+        share *= min(1.0, (1 - left) / self.settings.warmup) if self.settings.warmup else 1.0
         rates = [(self.optimise_g, self.settings.eta_g)]
         if self.discriminator is not None:
             rates.append((self.optimise_d, self.settings.eta_d))
@@ -236,7 +263,7 @@ class Trainer(Algorithm1):
 
     def _report(self, losses: dict[str, float], validate: Callable, checkpoint: Path, report: Callable) -> None:
         self.calibrate()
-        self._log(losses, parallel.from_first(lambda: validate(self.generator)))
+        self._log(losses, parallel.from_first(lambda: validate(self.kept)))
         if parallel.rank() == 0:
             self.save_state(checkpoint)
             report(self.history)
@@ -248,11 +275,11 @@ class Trainer(Algorithm1):
         mode. Training itself uses each minibatch's own statistics and is not touched. Source: Wu and Johnson 2021
         ("precise BN").
         """
-        self.generator.train()
+        self.kept.train()
         if self.settings.calibration:
             whole = self.batches.noisy(self.settings.calibration).split(100)
             with models.arithmetic("float32"):
-                torch.optim.swa_utils.update_bn([y[parallel.part(len(y))] for y in whole], self.generator)
+                torch.optim.swa_utils.update_bn([y[parallel.part(len(y))] for y in whole], self.kept)
 
     def _log(self, losses: dict[str, float], validation: dict[str, float]) -> None:
         s = self.settings
@@ -294,4 +321,6 @@ class Trainer(Algorithm1):
 
     def _parts(self) -> tuple[str, ...]:
         parts = ("generator", "optimise_g")
-        return parts if self.discriminator is None else (*parts, "discriminator", "optimise_d")
+        if self.discriminator is not None:
+            parts += "discriminator", "optimise_d"
+        return (*parts, "kept") if self.settings.average else parts

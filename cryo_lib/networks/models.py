@@ -252,12 +252,84 @@ class ConvDiscriminator(nn.Module):
         return self.layers(x)
 
 
-GENERATORS = {"resnet": ResNetGenerator, "resnet256": DeepGenerator, "conv": ConvGenerator, "pggan": pggan.Generator}
+class Change(nn.Module):
+    """x + conv3x3(SiLU(conv3x3(x))), the last one 0 at first: a residual block without normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class UNet(nn.Module):
+    """A U-Net whose result depends on its image alone and turns with its grey scale, f(a y + b) = a f(y) + b for a > 0.
+
+    Each image is standardised, and its result brought back; no batch norm. Levels of `width`, 2, 4 and 8 times `width`
+    channels; 2x2 means go down, bilinear upsampling goes up, so that no stride leaves a pattern; two `Change` blocks a
+    level, four at the bottom. Source: Ronneberger et al. 2015; Odena et al. 2016 (upsampling); Lim et al. 2017 (no
+    normalisation).
+
+    Parameters
+    ----------
+    image_size : side of the square images in pixels, a multiple of 8.
+    width : channels of the first level, >= 1.
+    """
+
+    multiples, blocks, bottom = (1, 2, 4, 8), 2, 4
+
+    def __init__(self, image_size: int, width: int = 64) -> None:
+        super().__init__()
+        self.image_size = checks.integer("image_size", image_size, low=8, multiple_of=8)
+        channels = [multiple * checks.integer("width", width, low=1) for multiple in self.multiples]
+        self.first = nn.Conv2d(1, channels[0], 3, padding=1)
+        self.down = nn.ModuleList([self._blocks(n) for n in channels[:-1]])
+        self.narrow = nn.ModuleList([nn.Conv2d(i, o, 1) for i, o in _pairs(*channels)])
+        self.middle = self._blocks(channels[-1], self.bottom)
+        self.widen = nn.ModuleList([nn.Conv2d(i, o, 1) for i, o in _pairs(*channels[::-1])])
+        self.up = nn.ModuleList([self._blocks(n) for n in channels[-2::-1]])
+        self.last = nn.Conv2d(channels[0], 1, 3, padding=1)
+
+    def _blocks(self, channels: int, number: int = 2) -> nn.Module:
+        return nn.Sequential(*(Change(channels) for _ in range(number)))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Noisy images `(n, 1, h, w)` to denoised images of the same shape, on the grey scale of `y`."""
+        checks.network_input(y, self.image_size)
+        sd, mean = torch.std_mean(y, dim=(1, 2, 3), keepdim=True)
+        sd = sd.clamp(min=torch.finfo(y.dtype).tiny)
+        x, skips = self.first((y - mean) / sd), []
+        for blocks, narrow in zip(self.down, self.narrow):
+            x = blocks(x)
+            skips.append(x)
+            x = narrow(nn.functional.avg_pool2d(x, 2))
+        x = self.middle(x)
+        for blocks, widen, skip in zip(self.up, self.widen, skips[::-1]):
+            x = blocks(skip + nn.functional.interpolate(widen(x), scale_factor=2, mode="bilinear"))
+        return mean + sd * self.last(x)
+
+
+GENERATORS = {
+    "resnet": ResNetGenerator,
+    "resnet256": DeepGenerator,
+    "conv": ConvGenerator,
+    "pggan": pggan.Generator,
+    "unet": UNet,
+}
 DISCRIMINATORS = {
     "resnet": ResNetDiscriminator,
     "resnet256": DeepDiscriminator,
     "conv": ConvDiscriminator,
     "pggan": pggan.Discriminator,
+    "unet": ResNetDiscriminator,
 }
 
 

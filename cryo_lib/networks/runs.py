@@ -28,7 +28,7 @@ from cryo_lib.networks.algorithm import Settings
 from cryo_lib.networks.engine import Trainer, TrainingError
 from cryo_lib.networks.losses import Method
 from cryo_lib.simulate import contamination, noise
-from cryo_lib.stacks.dataset import Dataset, Experiment
+from cryo_lib.stacks.dataset import MEASURED, Dataset, Experiment
 
 PRINT_EVERY = 10  # seconds between lines of progress
 Scores = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]  # such as `evaluate.metrics.SCORES`
@@ -123,21 +123,20 @@ def run(
     configuration = configuration_of(task, settings, dataset, chosen, scores)
     state, final = state_of(scratch, configuration), out / task.folder
     experiment = Experiment.parse(task.experiment)
-    x, y = dataset.pairs("train", experiment)
     options = {
         name: getattr(settings, name) for name in ("noise", "unit", "batch_size", "jitter_degrees", "jitter_pixels")
     }
-    if experiment.kind in contamination.PROJECTED:
-        options["views"] = dataset.views("train", experiment)
     if settings.screen and settings.redraw:
         raise ValueError("screen: expected redraw: false, since each draw would leave out other pairs; leave one away")
+    if settings.fresh_noise and experiment.protocol == MEASURED:
+        raise ValueError(f"fresh_noise: expected false for {experiment}, whose noise was measured; leave it away")
 
     def pairs(epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        given = experiment.contaminated(x, y, task.seed, draw=epoch if settings.redraw else 0, **options)
-        if not settings.screen:
-            return given
-        kept = contamination.screen(*given)
-        return given[0][kept], given[1][kept]
+        fresh = [dataset.card["seed"], task.seed, epoch] if settings.fresh_noise and epoch else None
+        draw = epoch if settings.redraw else 0
+        x, y = dataset.training_pairs(experiment, task.seed, fresh, draw=draw, **options)
+        kept = contamination.screen(x, y) if settings.screen else slice(None)
+        return x[kept], y[kept]
 
     printed = time.monotonic()
 
@@ -160,7 +159,8 @@ def run(
         failure = str(error)
     line = trainer.history[-1]
     last = {name: line[name] for name in scores}
-    network = {"architecture": settings.architecture, "image_size": x.shape[-1], "width": settings.width}
+    _, y = dataset.pairs("train", experiment)
+    network = {"architecture": settings.architecture, "image_size": y.shape[-1], "width": settings.width}
     mean, sd = (float(values.mean()) for values in noise.background(y[:256]))
     seen = {"pixel_size": configuration["data"]["pixel_size"], "background": {"mean": mean, "sd": sd}}
     failure = failure or trainer.collapse(line["spread"])
@@ -168,7 +168,7 @@ def run(
 
     def write() -> None:
         _write_lines(final / "metrics.jsonl", trainer.history)
-        models.save(final / "generator.safetensors", trainer.generator, card)
+        models.save(final / "generator.safetensors", trainer.kept, card)
         with (scratch / "speed.jsonl").open("a") as file:
             file.write(json.dumps({"run": final.as_posix()} | trainer.speed()) + "\n")
 

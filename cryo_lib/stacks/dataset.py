@@ -85,12 +85,6 @@ class Experiment:
         noise = self.protocol if self.snr is None else f"{self.protocol}-{self.snr:g}"
         return f"{noise}-{kind}" + (f"-half{self.half}" if self.half else "")
 
-    def contaminated(self, x: Any, y: Any, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The training pairs after contamination, Eq. (2); `options` are those of `contamination.contaminate`."""
-        if self.kind == "none":
-            return x, y
-        return contamination.contaminate(x, y, self.kind, self.eps, seed, **options)[:2]
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -136,6 +130,21 @@ class Dataset:
             y = self.noisy(x, experiment, len(SPLITS) * self.card["seed"] + SPLITS.index(split))
         kept = _kept(split, experiment)
         return x[kept], y[kept]
+
+    def training_pairs(
+        self, experiment: Experiment, seed: int, fresh: Any = None, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The training pairs after contamination, Eq. (2); `options` are those of `contamination.contaminate`.
+
+        fresh : the seed of other noise than that of `pairs`, of simulated images.
+        """
+        x, y = self.pairs("train", experiment)
+        if fresh is not None:
+            y = self.noisy(x, experiment, fresh)
+        if experiment.kind == "none":
+            return x, y
+        views = self.views("train", experiment) if experiment.kind in contamination.PROJECTED else None
+        return contamination.contaminate(x, y, experiment.kind, experiment.eps, seed, views=views, **options)[:2]
 
     def noisy(self, x: Any, experiment: Experiment, seed: Any) -> np.ndarray:
         """Images `(n, h, h)` with the noise of an experiment at this scale; see `noise.add_noise`."""

@@ -7,7 +7,7 @@ from scipy import fft
 from scipy.spatial.transform import Rotation
 
 from cryo_lib.denoisers import bound
-from cryo_lib.denoisers.posterior import References, choose_temperature, posterior_map, posterior_mean
+from cryo_lib.denoisers.posterior import References, choose_temperature, mirrored, posterior_map, posterior_mean
 from cryo_lib.denoisers.steerable import Basis
 from cryo_lib.denoisers.summing import PosteriorSum, noise_level
 from cryo_lib.denoisers.templates import directions
@@ -58,6 +58,23 @@ def test_a_turn_is_a_phase(n):
     ours = basis.images(basis.turned(basis.expand(project(volume, poses)), torch.full((4,), np.deg2rad(40.0))))
     expected = project(volume, turned(poses, 40.0))
     assert np.abs(ours - expected).max() < 0.02 * expected.max()
+
+
+@pytest.mark.parametrize("n", [32, 33])
+def test_a_mirror_image_is_the_projection_from_the_opposite_side(n):
+    volume, poses = Blobs(n, reach=8).volume(), random_rotations(4, 0)
+    expected = project(volume, poses @ np.diag([-1.0, 1.0, -1.0]))
+    assert np.abs(mirrored(project(volume, poses)) - expected).max() < 1e-3 * expected.max()
+
+
+def test_mirror_images_are_references_of_their_own(world):
+    volume, poses = world[0][0], world[1]
+    opposite = rescale(project(volume, turned(poses[:10] @ np.diag([-1.0, 1.0, -1.0]), 50.0)))
+    y = noisy(opposite, 0.05)
+    found = References(world[2][:60], 1e-6, "cpu", mirrors=True).posterior(y, 0.05)
+    assert (found.reference == 60 + np.arange(10)).all()
+    gained = psnr(opposite, found.x_hat) - psnr(opposite, posterior_mean(y, world[2][:60], 0.05))
+    assert gained.mean() > 3
 
 
 @pytest.fixture(scope="module")

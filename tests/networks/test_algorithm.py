@@ -121,6 +121,45 @@ def test_rates_fall_linearly_to_zero_over_the_last_share():
     np.testing.assert_allclose(rates, np.minimum(1, (1 - np.arange(10) / 10) / 0.5))
 
 
+def test_rates_rise_linearly_from_zero_over_the_first_share():
+    t = trainer(settings=varied(SMALL, {"warmup": 0.5}))
+    rates = []
+    for iteration in range(t.iterations):
+        t.iteration = iteration
+        t._set_rates()
+        rates.append(t.optimise_g.param_groups[0]["lr"] / SMALL.eta_g)
+    np.testing.assert_allclose(rates, np.minimum(1, np.arange(10) / 10 / 0.5))
+
+
+def test_what_is_kept_is_the_moving_average_of_the_weights(double):
+    """Its closed form, with a decay that grows from 1/11 to the one that is set; the training itself is untouched."""
+    t, plain = trainer("l2_ae", varied(SMALL, {"average": 0.2})), trainer("l2_ae")
+    expected = {name: value.clone() for name, value in t.generator.named_parameters()}
+    for iteration in range(1, 6):
+        t.advance(1), plain.advance(1)
+        decay = min(0.2, iteration / (10 + iteration))
+        for name, value in t.generator.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach()
+    assert_same_weights(t.generator.state_dict(), plain.generator.state_dict())
+    for name, value in t.kept.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[name])
+    assert plain.kept is plain.generator
+
+
+def test_pairs_are_turned_together_and_anew_in_every_epoch():
+    """y = x + 0.1 still holds; each image is one of the square's eight, and not the same in two epochs."""
+    t, seen = trainer("l2_ae", varied(SMALL, {"augment": True})), []
+    t._step = lambda x, y, mix, share: seen.append((x, y)) or {}
+    t.advance(t.iterations)
+    x, y = (torch.cat(images) for images in zip(*seen))
+    torch.testing.assert_close(y, x + 0.1)
+    order = torch.cat([torch.cat(t.epoch_batches(epoch)) for epoch in (0, 1)])
+    sums = torch.from_numpy(t.pairs(0)[0]).sum((1, 2))[order]
+    torch.testing.assert_close(x.sum((1, 2, 3)), sums)
+    first, second = (x[half][order[half].argsort()] for half in (slice(18), slice(18, 36)))
+    assert 9 < (first != second).flatten(1).any(1).sum() < 18
+
+
 def test_batch_norm_statistics_are_those_of_the_present_weights():
     """After calibration eval mode and training mode agree on a batch that has the calibration images' statistics."""
     t = trainer(n=100)
@@ -138,7 +177,7 @@ def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
     """Stopped at its second line of metrics, a training goes on from there and ends where an uninterrupted one does."""
     counts, ends = [], []
     for stop in (None, 2, None):
-        t = trainer("js_l1", varied(SMALL, {"decay": 0.5}))
+        t = trainer("js_l1", varied(SMALL, {"decay": 0.5, "average": 0.9, "augment": True}))
         step, steps, lines = t.step, [], []
         t.step = lambda *minibatch, step=step, steps=steps: steps.append(1) or step(*minibatch)
 
@@ -153,7 +192,7 @@ def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
         except KeyboardInterrupt:
             pass
         counts.append(len(steps))
-        ends.append({k: v.clone() for k, v in t.generator.state_dict().items()})
+        ends.append({k: v.clone() for k, v in t.kept.state_dict().items()})
     assert counts == [10, 6, 4]
     assert_same_weights(ends[0], ends[2])
 
@@ -194,7 +233,7 @@ def test_recorded_a_collapse_is_trained_on_and_told_where_the_run_ends_so(spread
         ({"epochs": 0}, "epochs: expected a number greater than or equal to 1, got 0"),
         ({"on_failure": "ignore"}, "on_failure: expected 'stop' or 'record', got 'ignore'"),
         ({"precision": "fp8"}, "precision: expected 'float32', 'tf32' or 'bf16', got 'fp8'"),
-        ({"architecture": "unet"}, "architecture: expected 'resnet', 'resnet256', 'conv' or 'pggan', got 'unet'"),
+        ({"architecture": "vit"}, "architecture: expected 'resnet', 'resnet256', 'conv', 'pggan' or 'unet', got 'vit'"),
         ({"learning_rate": 1}, "settings: learning_rate: unknown; settings are architecture, width, epochs,"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_lib.networks.batches import Batches
+from cryo_lib.networks.batches import Batches, turned
 
 CPU = torch.device("cpu")
 ORDER = [torch.tensor([5, 0, 3]), torch.tensor([1, 2]), torch.tensor([4])]
@@ -61,3 +61,14 @@ def test_pairs_go_to_a_gpu_where_they_fit_its_free_memory(pairs, free, resident,
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free / 2 if half else free), 0))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where: self)
     assert Batches(*pairs, torch.device("cuda"), half).resident == resident
+
+
+def test_the_eight_turns_are_the_squares_symmetries_about_the_centre():
+    """All differ, keep the centre, pixel h/2, and are closed: any turn of any turn is one of them."""
+    images = torch.rand(1, 1, 8, 8)
+    images[..., 0, :] = images[..., 0] = 0  # what a turn about pixel h/2 moves out of the box
+    eight = turned(images.expand(8, 1, 8, 8), torch.arange(8))
+    known = {image.numpy().tobytes() for image in eight}
+    assert len(known) == 8 and (eight[:, 0, 4, 4] == images[0, 0, 4, 4]).all()
+    twice = turned(eight.repeat_interleave(8, 0), torch.arange(8).repeat(8))
+    assert {image.numpy().tobytes() for image in twice} == known

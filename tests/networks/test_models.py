@@ -43,6 +43,29 @@ def test_the_256_px_generator_adds_the_encoders_maps_at_every_level():
         assert gradient.abs().max() > 0, silenced
 
 
+def shaken(model):
+    """The model with random weights and biases, which an untrained one does not have."""
+    for value in model.parameters():
+        torch.nn.init.normal_(value, 0, 0.2)
+    return model.eval()
+
+
+def test_the_u_nets_result_turns_with_the_grey_scale_and_is_each_images_own():
+    model, y = shaken(models.UNet(32, 3)).double(), torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(2.5 * y - 4), 2.5 * model(y) - 4)
+    torch.testing.assert_close(model(y)[1:2], model(y[1:2]))
+    assert torch.equal(model(torch.full_like(y, 0.3)), torch.full_like(y, 0.3))
+
+
+def test_the_u_net_leaves_no_pattern_of_its_strides():
+    """Far from the border a plane of one grey level stays one, which transposed convolutions break."""
+    middle, plane = slice(120, 136), torch.ones(1, 1, 256, 256)
+    plane[..., :2, :2] = 0  # an image that varies, far from what is looked at
+    smooth, strided = shaken(models.UNet(256, 1)), shaken(models.ResNetGenerator(256, 1))
+    ours, theirs = (model(plane)[..., middle, middle] for model in (smooth, strided))
+    assert ours.std() < 1e-4 * ours.abs().mean() and theirs.std() > 0.01 * theirs.abs().mean()
+
+
 def test_a_same_convolution_keeps_the_size_and_is_centred():
     conv = models.SameConv(1, 1)
     conv.bias.data.zero_()

@@ -84,11 +84,21 @@ def test_missing_data_are_named_with_the_way_to_make_them(tmp_path):
         Dataset(tmp_path).clean("all")
 
 
-def test_contamination_is_the_experiments_kind_and_fraction():
-    x = np.random.default_rng(0).random((10, 16, 16), dtype=np.float32)
-    cx, cy = Experiment.parse("awgn-0.1-A_0.3").contaminated(x, x, 5)
-    assert (cx != x).any(axis=(1, 2)).sum() == 3 and (cy == x).all()
-    assert Experiment.parse("awgn-0.1-none").contaminated(x, x, 5)[0] is x
+def test_training_pairs_are_contaminated_by_the_experiments_kind_and_fraction(tmp_path):
+    dataset = write_data(tmp_path, 10)
+    x, y = dataset.pairs("train", Experiment.parse("awgn-0.1-none"))
+    cx, cy = dataset.training_pairs(Experiment.parse("awgn-0.1-A_0.3"), 5)
+    assert (cx != x).any(axis=(1, 2)).sum() == 3 * len(x) // 10 and (cy == y).all()
+    assert all((a == b).all() for a, b in zip(dataset.training_pairs(Experiment.parse("awgn-0.1-none"), 5), (x, y)))
+
+
+def test_fresh_noise_has_the_experiments_level_and_is_independent(tmp_path):
+    dataset = write_data(tmp_path, 10)
+    none = Experiment.parse("awgn-0.1-none")
+    (x, y), (same, z) = dataset.pairs("train", none), dataset.training_pairs(none, 0, fresh=[1, 2])
+    first, other = (y - x).ravel(), (z - x).ravel()
+    assert (same == x).all() and abs(other.var() / first.var() - 1) < 0.05
+    assert abs(np.corrcoef(first, other)[0, 1]) < 5 / first.size**0.5
 
 
 def test_a_study_expands_to_its_product_with_seeds_outermost():
