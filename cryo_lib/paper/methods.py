@@ -15,7 +15,7 @@ class Entry(NamedTuple):
     Attributes
     ----------
     label : its name in tables and figures, as printed in Table 1.
-    kind : "network" | "classical" | "posterior" | "bound" | "reference".
+    kind : "network" (of the paper) | "classical" | "ours" | "posterior" | "bound" | "reference".
     colour, marker : matplotlib's. needs : what it is told beside the noisy image.
     """
 
@@ -48,11 +48,14 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "beta_1_m1_l1": Entry("(1,−1)-GAN + ℓ1", "network", "#999933", "X", PAIRS),
     "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
     "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
+    "ours": Entry("U-Net, screened", "ours", "#004488", "d", PAIRS),
     "posterior": Entry("Posterior", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
 
-BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("posterior", "bound")}  # what the paper has not
+BEYOND = {
+    name for name, entry in METHODS.items() if entry.kind in ("ours", "posterior", "bound")
+}  # what the paper has not
 
 
 def among(names: Iterable[str]) -> dict[str, Entry]:
@@ -62,6 +65,11 @@ def among(names: Iterable[str]) -> dict[str, Entry]:
         known = ", ".join(METHODS)
         raise ValueError(f"method: expected some of {known}, got {', '.join(unknown)}; add it to METHODS in {__name__}")
     return {name: entry for name, entry in METHODS.items() if name in names}
+
+
+def shown_as(study: str, method: str) -> str:
+    """The entry of a run: that of its study, where this has one, else that of its method."""
+    return study if study in METHODS else method
 
 
 def labels() -> dict[str, str]:

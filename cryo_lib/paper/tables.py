@@ -85,7 +85,7 @@ def stability(curves: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 def mark_best(summary: pd.DataFrame) -> pd.DataFrame:
     """Add `<metric>_best`: True in each experiment for the best mean and all within its one sd, as in Table 1.
 
-    The posterior and the bound, which the paper does not have, take no part.
+    What the paper does not have (`methods.BEYOND`) takes no part.
     """
     summary = summary.copy()
     taking_part = summary[~summary["method"].isin([*methods.BEYOND])]
@@ -113,7 +113,7 @@ def cell(row: Any, metric: str) -> str:
 def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFrame, snr: float) -> pd.DataFrame:
     """Table 1 at one SNR as strings: a row a method, the paper's values and ours side by side.
 
-    In italics the posterior and the bound.
+    In italics what the paper does not have.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ def test_every_method_of_a_scale_has_an_entry_of_its_kind(path):
 def test_kinds_are_what_the_library_can_run():
     kinds = {name: entry.kind for name, entry in methods.METHODS.items()}
     assert {name for name, kind in kinds.items() if kind == "classical"} == set(classical.METHODS)
-    assert set(kinds.values()) == {"network", "classical", "posterior", "bound", "reference"}
+    assert set(kinds.values()) == {"network", "classical", "ours", "posterior", "bound", "reference"}
     for name in [name for name, kind in kinds.items() if kind == "network"]:
         assert Method.parse(name).loss in LOSSES
 
