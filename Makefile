@@ -35,7 +35,7 @@ gpu: scm
 
 test: setup
 	ruff check --quiet . && ruff format --quiet --check .
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Topaz-Denoise (GPL-3.0) is what denoising is measured against: in a folder of its own, and no dependency.
 bench: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -155,16 +156,23 @@ def closure(source: str) -> str:
     found, todo = {}, {"": source}
     while todo:
         name, text = todo.popitem()
-        tree = ast.parse(text)
-        for module in _imported(tree, name):
+        found[name], modules = _bare(name, text)
+        for module in modules:
             path = package.parent.joinpath(*module.split("."))
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             if module not in found and path.is_file():
                 todo[module] = path.read_text()
-        found[name] = ast.unparse(_Bare().visit(tree))
     return (
         "\n\n".join(f"# {name}\n{found[name]}" if name else found[name] for name in sorted(found) if found[name]) + "\n"
     )
+
+
+@functools.cache
+def _bare(name: str, source: str) -> tuple[str, tuple[str, ...]]:
+    """A module's code without docstrings and comments, and what it imports from this library."""
+    tree = ast.parse(source)
+    modules = tuple(_imported(tree, name))
+    return ast.unparse(_Bare().visit(tree)), modules
 
 
 def _imported(tree: ast.Module, name: str) -> Iterator[str]:

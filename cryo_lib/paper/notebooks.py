@@ -116,8 +116,6 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     ------
     NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
     """
-    # An optional checker of internationalised addresses costs papermill's import 2 s, and nothing here needs it.
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
