@@ -129,6 +129,7 @@ class Network(OfStack):
         self.precision = options.pop("precision")
         super().__init__(stack, card["image_size"], pixel_size, **options)
         self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
+        self.grey = OfStack.grey if card["pixel_size"] else None
         if self.flips and stack.ctf is None:
             problem = "expected a CTF, since this network was trained on images whose phases were flipped, got none"
             raise ValueError(f"{stack.path}: {problem}; estimate it, or take another network")
@@ -162,7 +163,8 @@ def fit(
 
     Each image is given the background mean and sd of the images that the network was trained on (its card's). Where
     `resize` allows it is also brought to their box and pixel size, and the denoised image back to the stack's; beyond
-    the network's box it has the mean of its background.
+    the network's box it has the mean of its background. A network of particles of any size, whose card has the pixel
+    size null, sees the whole box, brought to its own, whatever `resize` says.
 
     Parameters
     ----------
@@ -186,6 +188,8 @@ def fit(
         raise ValueError(f"card: expected image_size, pixel_size and background, got no {lacking}; train it again")
     size, scale = card["image_size"], card["pixel_size"]
     (height, box), own = stack.images.shape[1:], own_pixel_size(stack)
+    if scale is None:
+        return Network(model, card, stack, own * box / size, contrast=contrast, precision=precision)
     same_scale = abs(own / scale - 1) < 0.005
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
     if RESIZES.index(checks.choice("resize", resize, RESIZES)) < RESIZES.index(needed):

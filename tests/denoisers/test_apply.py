@@ -189,6 +189,21 @@ def test_another_box_or_pixel_size_is_refused_unless_allowed(tmp_path, box, pixe
     np.testing.assert_allclose(back[:, own < 30].mean(), inside, rtol=0.05)
 
 
+@pytest.mark.parametrize("box, pixel_size", [(32, 6.4), (48, 3.2), (80, 1.1)])
+def test_a_network_of_any_pixel_size_sees_the_whole_box(tmp_path, box, pixel_size):
+    """The disc takes the same share of the network's box as of the stack's; what comes back lies where it lay."""
+    stack, model = particle_stack(tmp_path, box=box, pixel_size=pixel_size), Seen()
+    denoiser = apply.fit(model, CARD | {"pixel_size": None}, stack)
+    back = denoiser(stack.images[:])
+    assert denoiser.grey is None and model.last.shape == (20, 32, 32)
+    share = 0.4 * 204.8 / (box * pixel_size)
+    for images in (model.last, back):
+        n = images.shape[-1]
+        inside = np.hypot(*np.ogrid[-n // 2 : n - n // 2, -n // 2 : n - n // 2]) / n
+        assert images[:, inside < 0.9 * share].mean() > 0.1 + 0.5 * 2
+    np.testing.assert_allclose(noise.background(model.last)[0], 0.1, atol=1e-4)
+
+
 def test_beyond_the_networks_box_lies_its_background(tmp_path):
     stack = particle_stack(tmp_path, box=48)
     back = apply.fit(Seen(), CARD, stack, resize="crop")(stack.images[:])
