@@ -196,7 +196,7 @@ def test_a_network_of_any_pixel_size_sees_the_whole_box(tmp_path, box, pixel_siz
     denoiser = apply.fit(model, CARD | {"pixel_size": None}, stack)
     back = denoiser(stack.images[:])
     assert denoiser.grey is None and model.last.shape == (20, 32, 32)
-    share = 0.4 * 204.8 / (box * pixel_size)
+    share = 0.2 * 204.8 / (box * pixel_size)
     for images in (model.last, back):
         n = images.shape[-1]
         inside = np.hypot(*np.ogrid[-n // 2 : n - n // 2, -n // 2 : n - n // 2]) / n
