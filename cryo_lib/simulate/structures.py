@@ -109,7 +109,7 @@ def ends(
 def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
     """Download a PDB entry as `<cache_dir>/<entry>.cif.gz`, unless it is there, and return its path.
 
-    The file gets its name only after it has parsed and shown protein atoms.
+    The file gets its name only after it has parsed and shown protein atoms. `<entry>.pdb.gz`, put there by hand, will do.
 
     Raises
     ------
@@ -119,12 +119,13 @@ def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
     """
     if not (isinstance(entry, str) and entry.isalnum() and len(entry) == 4 and entry[0].isdigit()):
         raise ValueError(f"entry: expected a four-character PDB identifier such as 4XLN, got {entry!r}")
-    path = Path(cache_dir) / f"{entry.lower()}.cif.gz"
+    path, by_hand = (Path(cache_dir) / f"{entry.lower()}.{kind}.gz" for kind in ("cif", "pdb"))
     url = f"{base_url}/{entry.upper()}.cif.gz"
-    way_out = f"put the file at {path} yourself, or use source: files"
-    if path.exists():
-        _parse(path, gemmi.CoorFormat.Mmcif)
-        return path
+    way_out = f"put the file at {path} or {by_hand} yourself, or use source: files"
+    for there, form in ((path, gemmi.CoorFormat.Mmcif), (by_hand, gemmi.CoorFormat.Pdb)):
+        if there.exists():
+            _parse(there, form)
+            return there
     import aiohttp  # not where trainings alone run
     import fsspec
 

@@ -399,7 +399,11 @@ def test_fetch_keeps_a_good_file_and_needs_no_server_the_second_time(server, tmp
     assert path == tmp_path / "1aaa.cif.gz"
     assert sum(map(len, structures.read(path)[0])) == 12
     assert structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9") == path
+    by_hand = tmp_path / "1aaa.pdb.gz"
+    by_hand.write_bytes(gzip.compress(gemmi.read_structure(str(path)).make_pdb_string().encode()))
     path.unlink()
+    assert structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9") == by_hand
+    by_hand.unlink()
     with pytest.raises(ConnectionError, match="check the network and run again, or put the file at .*, or use source"):
         structures.fetch("1AAA", tmp_path, "http://127.0.0.1:9")
     assert list(tmp_path.iterdir()) == []
@@ -415,7 +419,7 @@ def test_fetch_keeps_a_good_file_and_needs_no_server_the_second_time(server, tmp
     ],
 )
 def test_fetch_explains_a_bad_answer_and_leaves_nothing(server, tmp_path, entry, error, message):
-    with pytest.raises(error, match=f"{entry}.cif.gz: {message}.*{entry.lower()}.cif.gz yourself, or use"):
+    with pytest.raises(error, match=f"{entry}.cif.gz: {message}.*{entry.lower()}.pdb.gz yourself, or use"):
         structures.fetch(entry, tmp_path, server)
     assert list(tmp_path.iterdir()) == []
 
