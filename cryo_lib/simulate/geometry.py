@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from cryo_lib.simulate.atoms import Atoms
 
 CLASH = 2.0  # A: atoms of residues that are not bound to each other are further apart
-CA_MARGIN, RESIDUES_A_CLASH, RADIUS_MARGIN = 0.3, 200, 0.05  # of `Limits`
+CA_MARGIN, LINKS_A_CLASH, RADIUS_MARGIN = 0.3, 200, 0.05  # of `Limits`
 
 
 class Geometry(NamedTuple):
@@ -37,18 +37,20 @@ class Limits(NamedTuple):
     """What conformations between two structures may have."""
 
     ca_distances: tuple[float, float]  # A: those of both ends, and `CA_MARGIN` beyond
-    clashes: float  # as many as in the worse end, and one for each `RESIDUES_A_CLASH` residues
+    clashes: float  # as many as in the worse end, and one for each `LINKS_A_CLASH` links of `closed`
     radius: tuple[float, float]  # A: those of both ends, and `RADIUS_MARGIN` of them beyond
 
 
-def limits(closed: gemmi.Structure, open_: gemmi.Structure) -> Limits:
+def limits(closed: Geometry, open_: Geometry) -> Limits:
     """What conformations between two structures may have, by what these two have themselves."""
-    ends = [measure(closed), measure(open_)]
-    distances, radii = np.concatenate([end.ca_distances for end in ends]), [end.radius for end in ends]
+    distances = np.concatenate([closed.ca_distances, open_.ca_distances])
     return Limits(
         (float(distances.min() - CA_MARGIN), float(distances.max() + CA_MARGIN)),
-        max(end.clashes for end in ends) + sum(map(len, closed[0])) / RESIDUES_A_CLASH,
-        (min(radii) * (1 - RADIUS_MARGIN), max(radii) * (1 + RADIUS_MARGIN)),
+        max(closed.clashes, open_.clashes) + len(closed.ca_distances) / LINKS_A_CLASH,
+        (
+            min(closed.radius, open_.radius) * (1 - RADIUS_MARGIN),
+            max(closed.radius, open_.radius) * (1 + RADIUS_MARGIN),
+        ),
     )
 
 

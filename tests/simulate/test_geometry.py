@@ -55,7 +55,7 @@ def test_a_torn_link_is_measured_where_the_whole_chain_has_it():
     torn = with_atoms_at(ideal, {k: (3.8 * k + 5.7, 0, 0) for k in range(25, 50)})
     assert geometry.measure(torn, ideal).ca_distances.max() == pytest.approx(9.5)
     assert geometry.measure(torn).ca_distances.max() == pytest.approx(3.8)  # by itself it is two chains
-    limits = geometry.limits(ideal, ideal)
+    limits = geometry.limits(geometry.measure(ideal), geometry.measure(ideal))
     assert limits.ca_distances == pytest.approx((3.5, 4.1))
     with pytest.raises(
         ValueError, match="3.50 to 4.10 A, .*; got conformation 1: CA atoms of bound residues 9.50 A apart"
@@ -66,8 +66,8 @@ def test_a_torn_link_is_measured_where_the_whole_chain_has_it():
 def test_limits_are_those_of_the_two_structures():
     ideal = chain_of_ca(100)
     crowded = with_atoms_at(ideal, {40: (3.8 * 10, 1.9, 0), 45: (3.8 * 20, 0, 1.9)})
-    limits = geometry.limits(ideal, crowded)
-    assert limits.clashes == 2.5
+    limits = geometry.limits(geometry.measure(ideal), geometry.measure(crowded))
+    assert limits.clashes == 2 + 99 / 200
     radii = [geometry.measure(structure).radius for structure in (ideal, crowded)]
     assert limits.radius == pytest.approx((0.95 * min(radii), 1.05 * max(radii)))
     measured = geometry.measure(crowded)
@@ -81,7 +81,9 @@ def test_limits_are_those_of_the_two_structures():
 def test_a_hinge_has_a_path():
     closed, opened = toy(0), toy(1)
     path = structures.morph(closed, opened, 5)
-    geometry.require_sound([geometry.measure(s, closed) for s in path], geometry.limits(closed, opened))
+    geometry.require_sound(
+        [geometry.measure(s, closed) for s in path], geometry.limits(geometry.measure(closed), geometry.measure(opened))
+    )
 
 
 def test_copies_that_change_places_have_no_path():
@@ -97,7 +99,7 @@ def test_copies_that_change_places_have_no_path():
     measured = [
         geometry.measure(s, closed) for s in structures.morph(closed, swapped, 5, core_chain="A", clamp_chain="B")
     ]
-    limits = geometry.limits(closed, swapped)
+    limits = geometry.limits(geometry.measure(closed), geometry.measure(swapped))
     geometry.require_sound([measured[0], measured[-1]], limits)
     with pytest.raises(ValueError, match="conformation 2: .*No path leads from the one to the other"):
         geometry.require_sound(measured, limits)
