@@ -74,7 +74,7 @@ def fetch(
     published, images = _kept(f"{particles_url}/{STAR}", out / STAR, bytes, _read)
     chosen = _first(images, n_particles)
     rows = images[chosen]
-    _kept(map_url, out / PUBLISHED_MAP, gzip.decompress, read_map)
+    _kept(map_url, out / PUBLISHED_MAP, gzip.decompress, _cube)
     with atomic(volume) as temporary:
         shutil.copyfile(out / PUBLISHED_MAP, temporary)
     numbers = {name: np.unique(group) for name, group in rows.groupby("name", sort=False)["number"]}
@@ -211,6 +211,13 @@ def _read(path: Path) -> tuple[Star, pd.DataFrame]:
         problem = f"expected an image, as 000001@MRC_1901/a.mrcs, got {named[row]!r}"
         raise ValueError(f"{path}, row {row + 1}: {problem}; mend it, or delete the file and run again")
     return star, images.assign(number=images["digits"].astype(int))
+
+
+def _cube(path: Path) -> None:
+    """ValueError where a map is none, or no cube."""
+    shape = read_map(path)[0].shape
+    if len(set(shape)) > 1:
+        raise ValueError(f"{path}: expected a cubic map, got {shape}; pad or crop it")
 
 
 def _first(images: pd.DataFrame, n: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,14 @@ class StackFile:
     @classmethod
     def read_header(cls, path: str) -> StackFile:
         """Read and check the header of an MRC file of either byte order; ValueError for a damaged file."""
+        size = os.path.getsize(path)
         with open(path, "rb") as file:
-            return cls.of(path, file.read(HEADER_DTYPE.itemsize), os.path.getsize(path))
+            found = cls.of(path, file.read(HEADER_DTYPE.itemsize), size)
+        expected = found.offset + math.prod(found.shape) * np.dtype(found.dtype).itemsize
+        if size > expected:
+            got = f"expected {expected} bytes {found.shape}, got {size}; mend the header or copy the file again"
+            raise ValueError(f"{path}: longer than its header says, {got}")
+        return found
 
     @classmethod
     def of(cls, path: str, head: bytes, size: int) -> StackFile:
@@ -68,11 +75,8 @@ class StackFile:
             )
         dtype = np.dtype(order + _MODES[mode])
         expected = start + extended + n * h * w * dtype.itemsize
-        if size != expected:
-            found = "short" if size < expected else "longer than its header says"
-            raise ValueError(
-                f"{path}: {found}, expected {expected} bytes ({n} x {h} x {w}), got {size}; copy it again or mend it"
-            )
+        if size < expected:
+            raise ValueError(f"{path}: short, expected {expected} bytes ({n} x {h} x {w}), got {size}; copy it again")
         axes = tuple(int(header[name]) - 1 for name in ("mapc", "mapr", "maps"))
         axes = (0, 1, 2) if axes == (-1, -1, -1) else axes  # not set
         if sorted(axes) != [0, 1, 2]:

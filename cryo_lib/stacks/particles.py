@@ -94,9 +94,10 @@ class ParticleStack:
         else:
             table, optics, star = _read_star(path) if suffix == ".star" else (*cryosparc.read(path), None)
             images = find_images(path, table["rlnImageName"], project)
-            table["rlnImageName"] = (
-                table["rlnImageName"].str.replace("@>", "@") if star is None else table["rlnImageName"]
-            )
+            if star is None:
+                table["rlnImageName"] = table["rlnImageName"].str.replace(
+                    "@>", "@"
+                )  # the mark of a .cs has had its use
         used = None if optics is None else optics.iloc[np.unique(_optics_rows(path, table, optics, images.shape[2]))]
         if by_hand := pixel_size is not None:
             pixel_size = checks.number("pixel_size", pixel_size, above=0.0)
