@@ -14,6 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_FOREIGN = {  # the first bytes, in lower case, of what is taken for another file
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself by `git lfs pull`",
+    b"\x1f\x8b": "a gzip file: unpack it by `gunzip`",
+    b"bzh": "a bzip2 file: unpack it by `bunzip2`",
+    b"\xfd7zxz": "an xz file: unpack it by `unxz`",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it by `unzstd`",
+    b"\x89hdf": "an HDF5 file: convert it",
+    b"ii*\x00": "a TIFF file: convert it",
+    b"mm\x00*": "a TIFF file: convert it",
+    b"<!doctype": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+}
+
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -71,8 +84,32 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as indented JSON to `path` atomically and return the path; NaN is refused."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` as indented JSON to `path` atomically and return the path; ValueError for NaN and infinity."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected finite numbers, got NaN or infinity; nothing was written") from error
+    return write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ValueError where it is damaged, cut short or another file."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        got = foreign(path) or f"a damaged one, or one cut short ({error})"
+        raise ValueError(
+            f"{path}: expected a JSON file, got {got}; copy it again, or delete it and make it anew"
+        ) from error
+
+
+def foreign(file: str | Path | bytes) -> str:
+    """What a file, or one that begins with these bytes, is in place of one of the field's formats; "" where unknown."""
+    head = file
+    if not isinstance(file, bytes):
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    return next((what for sign, what in _FOREIGN.items() if head.lstrip().lower().startswith(sign)), "")
 
 
 def enter_root() -> Path:
