@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup repro gpu test bench book strip lab clean
+.PHONY: setup scm repro gpu test bench reliability book strip lab clean
 
 setup: $(VENV)/.ready
 
@@ -16,7 +16,11 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-repro: setup
+# DVC expects a Git repository, which an unpacked archive is not, unless it is told.
+scm: setup
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+
+repro: scm
 	@python -m cryo_lib.paper.experiments
 	dvc repro
 	@python -m cryo_lib.paper.report
@@ -25,19 +29,23 @@ repro: setup
 # Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped.
 MINUTES ?= 9
 ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
-gpu: setup
+gpu: scm
 	dvc repro projections
 	python -m cryo_lib.paper.cluster train --minutes $(MINUTES) $(ORDER)
 
 test: setup
 	ruff check --quiet . && ruff format --quiet --check .
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Topaz-Denoise (GPL-3.0) is what denoising is measured against: in a folder of its own, and no dependency.
 bench: setup
 	@test -d build/topaz/topaz || pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0 \
 		|| echo "Topaz-Denoise could not be installed: its row will say so"
 	python -m benchmarks
+
+# Bad inputs, tried one by one: docs/reliability.md says what each of them says.
+reliability: setup
+	python -m benchmarks.reliability
 
 # One site of the executed notebooks of the scale in params.yaml, to be read without a server: build/book/index.html.
 book: setup

@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 out=${1:-build/pack.tar}
 scale=$(sed -n 's/^scale: //p' params.yaml)
-names='scipy|gemmi|finufft|pyyaml|safetensors|packaging|pandas'
+names='scipy|gemmi|finufft|pyyaml|safetensors|packaging|pandas|threadpoolctl'
 names+='|python-dateutil|six|tzdata|matplotlib|contourpy|cycler|fonttools|kiwisolver|pillow|pyparsing|nbformat|fastjsonschema|jsonschema'
 names+='|jsonschema-specifications|referencing|rpds-py|attrs|traitlets|jupyter_core|typing_extensions'
 names+='|pydantic|pydantic_core|annotated-types|typing-inspection'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_FOREIGN = {  # the first bytes, in lower case, of what is taken for another file
+    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself by `git lfs pull`",
+    b"\x1f\x8b": "a gzip file: unpack it by `gunzip`",
+    b"bzh": "a bzip2 file: unpack it by `bunzip2`",
+    b"\xfd7zxz": "an xz file: unpack it by `unxz`",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it by `unzstd`",
+    b"\x89hdf": "an HDF5 file: convert it",
+    b"ii*\x00": "a TIFF file: convert it",
+    b"mm\x00*": "a TIFF file: convert it",
+    b"<!doctype": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+}
 
 
 @contextlib.contextmanager
@@ -70,8 +84,32 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as indented JSON to `path` atomically and return the path; NaN is refused."""
-    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write `value` as indented JSON to `path` atomically and return the path; ValueError for NaN and infinity."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected finite numbers, got NaN or infinity; nothing was written") from error
+    return write_text(path, text + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ValueError where it is damaged, cut short or another file."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        got = foreign(path) or f"a damaged one, or one cut short ({error})"
+        raise ValueError(
+            f"{path}: expected a JSON file, got {got}; copy it again, or delete it and make it anew"
+        ) from error
+
+
+def foreign(file: str | Path | bytes) -> str:
+    """What a file, or one that begins with these bytes, is in place of one of the field's formats; "" where unknown."""
+    head = file
+    if not isinstance(file, bytes):
+        with open(file, "rb") as opened:
+            head = opened.read(64)
+    return next((what for sign, what in _FOREIGN.items() if head.lstrip().lower().startswith(sign)), "")
 
 
 def enter_root() -> Path:
@@ -118,16 +156,23 @@ def closure(source: str) -> str:
     found, todo = {}, {"": source}
     while todo:
         name, text = todo.popitem()
-        tree = ast.parse(text)
-        for module in _imported(tree, name):
+        found[name], modules = _bare(name, text)
+        for module in modules:
             path = package.parent.joinpath(*module.split("."))
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             if module not in found and path.is_file():
                 todo[module] = path.read_text()
-        found[name] = ast.unparse(_Bare().visit(tree))
     return (
         "\n\n".join(f"# {name}\n{found[name]}" if name else found[name] for name in sorted(found) if found[name]) + "\n"
     )
+
+
+@functools.cache
+def _bare(name: str, source: str) -> tuple[str, tuple[str, ...]]:
+    """A module's code without docstrings and comments, and what it imports from this library."""
+    tree = ast.parse(source)
+    modules = tuple(_imported(tree, name))
+    return ast.unparse(_Bare().visit(tree)), modules
 
 
 def _imported(tree: ast.Module, name: str) -> Iterator[str]:

@@ -3,6 +3,13 @@
 import pytest
 import torch
 
+LONGEST = ("test_pipeline.py", "test_cluster.py", "test_jupyterlab.py", "test_book.py", "test_classical.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest start first: of two processes none waits for the other at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def seeded_torch():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from cryo_lib import checks
+from cryo_lib.denoisers.ofstack import OfStack, own_pixel_size
 from cryo_lib.networks import models, parallel
-from cryo_lib.simulate import noise, projection
-from cryo_lib.stacks.particles import ParticleStack, contrast_of, write
+from cryo_lib.simulate.ctf import phase_flip
+from cryo_lib.stacks.particles import ParticleStack, write
 
 PRINT_EVERY = 10  # seconds between lines of progress
 RESIZES = ("none", "crop", "rescale")  # what may be done to images of another size, each with what stands before it
-Denoiser = torch.nn.Module | Callable[[np.ndarray], np.ndarray]
+Denoiser = torch.nn.Module | OfStack | Callable[[np.ndarray], np.ndarray]
 
 
 def denoise_stack(
@@ -27,6 +28,8 @@ def denoise_stack(
     out: str | Path,
     *,
     columns: Mapping[str, Any] | None = None,
+    watch: Callable[[slice, np.ndarray], None] | None = None,
+    project: str | Path | None = None,
     batch_size: int = 100,
     precision: str = "float32",
     progress: bool = False,
@@ -39,11 +42,17 @@ def denoise_stack(
     Parameters
     ----------
     model : a generator (run on the device its weights are on, in eval mode), or a function from `(n, h, w)` float32 to
-        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network.
+        the same shape; or one for each half-set (rlnRandomSubset), `{1: ..., 2: ...}`: half-maps then share no network;
+        `{0: ...}` is one for all.
     particles : an open stack or the path of one, `(n, h, w)`, on the grey scale that the network was trained on.
     out : the `.star` to write (its `.mrcs` goes beside it), or a `.mrcs` alone; rows, order and columns are kept, only
         the image reference changes.
-    columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`.
+    columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`. They are
+        read when all images are written: `watch` may fill them.
+    watch : called with the rows (a slice) and the denoised images of each batch before it is written, in the first
+        process.
+    project : the folder that image references are relative to, those of `particles` (where it is a path) and of `out`;
+        see `ParticleStack.open` and `write` for None.
     precision : of a generator's passes, as in `models.denoise_images`.
     progress : print a line every 10 s or so.
 
@@ -55,14 +64,12 @@ def denoise_stack(
     ------
     ValueError : images not of the size the network was built for; half-sets missing, or others than `model` has.
     """
-    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles)
-    if isinstance(model, Mapping):
-        half_sets = stack.half_sets
-        if half_sets is None or set(half_sets) != set(model):
-            found = "no rlnRandomSubset" if half_sets is None else sorted(set(half_sets.tolist()))
-            raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
-    else:
-        model, half_sets = {0: model}, np.broadcast_to(0, len(stack))
+    stack = particles if isinstance(particles, ParticleStack) else ParticleStack.open(particles, project=project)
+    model = model if isinstance(model, Mapping) else {0: model}
+    half_sets = np.broadcast_to(0, len(stack)) if set(model) == {0} else stack.half_sets
+    if half_sets is None or set(half_sets) != set(model):
+        found = "no rlnRandomSubset" if half_sets is None else sorted(set(half_sets.tolist()))
+        raise ValueError(f"{stack.path}: expected the half-sets {sorted(model)}, one a model, got {found}")
     shape = stack.images.shape[1:]
     for size in {getattr(each, "image_size", None) for each in model.values()} - {None}:
         if shape != (size, size):
@@ -89,14 +96,57 @@ def denoise_stack(
                     chosen = half_sets[part] == half
                     if chosen.any() and isinstance(each, torch.nn.Module):
                         x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
+                    elif chosen.any() and isinstance(each, OfStack):
+                        x_hat[chosen] = each(y[chosen], part.start + np.flatnonzero(chosen))
                     elif chosen.any():
                         x_hat[chosen] = each(y[chosen])
                 yield from parallel.in_order(x_hat, batch_size)
 
+    def watched() -> Iterator[np.ndarray]:
+        start = 0
+        for x_hat in denoised():
+            if watch is not None:
+                watch(slice(start, start + len(x_hat)), x_hat)
+            start += len(x_hat)
+            yield x_hat
+
     if parallel.rank():
         for _ in denoised():
             pass
-    return parallel.from_first(lambda: write(out, denoised(), stack, columns=columns))
+    return parallel.from_first(lambda: write(out, watched(), stack, columns=columns, project=project))
+
+
+class Network(OfStack):
+    """A network that was trained on other images, as a denoiser of a stack's own; `fit` makes one.
+
+    Images get the background mean and sd of those that it was trained on (its card's). Where it was trained on images
+    whose phases were flipped (its card's `phase_flipped`), these are flipped, too.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, card: Mapping[str, Any], stack: ParticleStack, pixel_size: float, **options: Any
+    ) -> None:
+        self.precision = options.pop("precision")
+        super().__init__(stack, card["image_size"], pixel_size, **options)
+        self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
+        if self.flips and stack.ctf is None:
+            problem = "expected a CTF, since this network was trained on images whose phases were flipped, got none"
+            raise ValueError(f"{stack.path}: {problem}; estimate it, or take another network")
+
+    def __call__(self, images: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
+        if self.flips:
+            images = phase_flip(images, self.stack.ctf.iloc[rows], self.own)
+        return super().__call__(images, rows)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        kept = ("architecture", "width", "background", "phase_flipped", "run", "validation")
+        return super().facts | {key: self.card[key] for key in kept if key in self.card}
+
+    def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
+        background = self.card["background"]
+        y = y * np.float32(background["sd"]) + np.float32(background["mean"])
+        return models.denoise_images(self.model, y, precision=self.precision)
 
 
 def fit(
@@ -107,7 +157,7 @@ def fit(
     resize: str = "none",
     contrast: str | None = None,
     precision: str = "float32",
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Network:
     """Return a denoiser of a stack's own images by a network that was trained on others, for `denoise_stack`.
 
     Each image is given the background mean and sd of the images that the network was trained on (its card's). Where
@@ -125,7 +175,7 @@ def fit(
 
     Returns
     -------
-    A function of images `(n, h, w)` to images of the same shape, protein bright.
+    A denoiser of the stack's images, protein bright; see `OfStack`.
 
     Raises
     ------
@@ -134,11 +184,8 @@ def fit(
     if missing := [key for key in ("image_size", "pixel_size", "background") if key not in card]:
         lacking = ", ".join(missing)
         raise ValueError(f"card: expected image_size, pixel_size and background, got no {lacking}; train it again")
-    size, scale, background = card["image_size"], card["pixel_size"], card["background"]
-    if stack.pixel_size is None:
-        problem = f"expected a pixel size, to compare with the network's {scale:g} A, got none"
-        raise ValueError(f"{stack.path}: {problem}; open with pixel_size=...")
-    (height, box), own = stack.images.shape[1:], stack.pixel_size
+    size, scale = card["image_size"], card["pixel_size"]
+    (height, box), own = stack.images.shape[1:], own_pixel_size(stack)
     same_scale = abs(own / scale - 1) < 0.005
     needed = "none" if same_scale and height == box == size else "crop" if same_scale and box >= size else "rescale"
     if RESIZES.index(checks.choice("resize", resize, RESIZES)) < RESIZES.index(needed):
@@ -146,13 +193,18 @@ def fit(
             f"{stack.path}: expected {size} x {size} px of {scale:g} A, which this network was trained on, got "
             f"{height} x {box} px of {own:g} A; allow resize {needed}, or train a network for this size"
         )
-    contrast, own = contrast_of(stack, contrast), scale if same_scale else own
+    return Network(model, card, stack, own if same_scale else scale, contrast=contrast, precision=precision)
 
-    def denoise(images: np.ndarray) -> np.ndarray:
-        y = noise.standardise(images, own, size, scale, contrast)
-        y = y * np.float32(background["sd"]) + np.float32(background["mean"])
-        x_hat = models.denoise_images(model, y, precision=precision)
-        level = noise.background(x_hat)[0][:, None, None].astype(np.float32)
-        return projection.resample(x_hat - level, scale, box, own) + level
 
-    return denoise
+def of_checkpoints(
+    files: Sequence[str | Path], stack: ParticleStack, device: str = "auto", **options: Any
+) -> dict[int, Network]:
+    """Networks of checkpoints on disk, fitted to a stack: one for all, `{0: ...}`, or one for each half-set.
+
+    `device`, "auto", "cpu" or "cuda", is where they run; `options` are those of `fit`.
+    """
+    networks = []
+    for file in files:
+        model, card = models.load(file)
+        networks.append(fit(model.to(models.pick_device(device)), card, stack, **options))
+    return dict(enumerate(networks, len(networks) > 1))

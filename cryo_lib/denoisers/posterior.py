@@ -28,8 +28,9 @@ COMPONENTS = 16  # of a local model, at most
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 COARSE, LEVELS = 1024, 2  # directions that are tried first, and how often they are made four times as dense
 TOGETHER = 8  # images that share their fine templates
+KEPT = 2**27  # coefficients of a grid's projections that are kept at most, 1 GB
 ROWS = 4096  # images, times shifts, that are held at a time
-BELOW = 18.0, 0.05  # nats below an image's best coarse direction that one may be, and this share of the best besides
+BELOW = 18.0, 0.02  # nats below an image's best coarse direction that one may be, and this share of the best besides
 
 
 class References:
@@ -167,6 +168,74 @@ class MapPosterior(Posterior):
     rotations: np.ndarray
 
 
+class Maps:
+    """Volumes, kept ready for the posterior of any number of stacks: a projection is made once, when it is asked for.
+
+    Parameters
+    ----------
+    volumes : `(c, h, h, h)`, conformations, equally likely.
+    coarse : directions over the sphere that are tried first. levels : how often they are made four times as dense.
+    seed : of the turn of the grids of directions.
+    """
+
+    def __init__(
+        self, volumes: Any, *, coarse: int = COARSE, levels: int = LEVELS, seed: int = 0, device: str = "auto"
+    ) -> None:
+        levels = checks.integer("levels", levels, low=1)
+        self.templates = Templates(volumes, device=device)
+        self.grids = [directions(coarse * 4**level, [seed, level]) for level in range(levels + 1)]
+        self._kept: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
+        self.first = [self._coefficients(label, 0, np.arange(coarse)) for label in range(len(self.templates.volumes))]
+
+    def posterior(self, y: Any, sigma: Any, **given: Any) -> MapPosterior:
+        """The posterior of noisy images `(n, h, h)`, coarse to fine; see `posterior_map`."""
+        found = []
+        for images, of_images in _portions(y, sigma, **given):
+            total = self.templates.sum(images, **of_images)
+            total.check_scale(torch.cat(self.first))
+            scores = [total.add(each, label).cpu().numpy() for label, each in enumerate(self.first)]
+            for start in range(0, len(images), TOGETHER):
+                rows = slice(start, min(start + TOGETHER, len(images)))
+                found.append(self._refined(total.some(rows), [score[rows] for score in scores]))
+        return _joined(found)
+
+    def _coefficients(self, label: int, level: int, numbers: np.ndarray) -> Tensor:
+        """Of the projections of one volume at these directions of a grid; those that were made before are kept."""
+        grid, basis = self.grids[level], self.templates.basis
+        if len(grid) * len(basis.frequencies) > KEPT:
+            return self.templates.coefficients(label, grid[numbers])
+        if (label, level) not in self._kept:
+            room = torch.empty(len(grid), len(basis.frequencies), dtype=torch.complex64, device=basis.device)
+            self._kept[label, level] = room, np.zeros(len(grid), bool)
+        kept, made = self._kept[label, level]
+        new = numbers[~made[numbers]]
+        if len(new):
+            kept[torch.from_numpy(new).to(kept.device)] = self.templates.coefficients(label, grid[new])
+            made[new] = True
+        return kept[torch.from_numpy(numbers).to(kept.device)]
+
+    def _refined(self, total: PosteriorSum, scores: list[np.ndarray]) -> MapPosterior:
+        """The posterior of a few images over finer and finer grids near what is likely by their scores at the first."""
+        count, level, near = len(scores), 0, [np.arange(len(self.grids[0]))] * len(scores)
+        for finer in range(1, len(self.grids)):
+            size = len(self.grids[level])
+            best = np.max([score.max(axis=1) for score in scores if score.size], axis=0)
+            least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
+            held = [score > least for score in scores]
+            if level and sum(map(np.sum, held)) > total.n * count * size / 8:
+                break
+            likely = [numbers[each.any(axis=0)] for each, numbers in zip(held, near)]
+            reach = 1.2 * np.sqrt(4 * np.pi / size)
+            near = [_within(self.grids[finer], self.grids[level][numbers], reach) for numbers in likely]
+            total, scores, level = total.some(slice(0, total.n)), [], finer
+            for label, numbers in enumerate(near):
+                many = len(numbers) > 0
+                score = total.add(self._coefficients(label, level, numbers), label).cpu().numpy() if many else None
+                scores.append(np.empty((total.n, 0)) if score is None else score)
+        rotations = np.concatenate([self.grids[level][numbers] for numbers in near])
+        return _with_poses(total, rotations, count * len(self.grids[level]))
+
+
 def posterior_map(
     y: Any,
     volumes: Any,
@@ -188,56 +257,22 @@ def posterior_map(
     ----------
     y : noisy images `(n, h, h)`. volumes : `(c, h, h, h)`, conformations, equally likely.
     sigma : sd of the noise, a number or `(n,)`.
-    coarse : directions over the sphere that are tried first. levels : how often they are made four times as dense.
-    seed : of the turn of the grids of directions.
+    coarse, levels, seed : see `Maps`, which keeps its projections for further images.
     given : `transfer`, `spectrum` and `shifts` as of `PosteriorSum`.
 
     Raises
     ------
     ValueError : see `PosteriorSum` and its `check_scale`; the projections' grey scale is [0, 1].
     """
-    checks.integer("levels", levels, low=1)
-    templates, first = Templates(volumes, device=device), directions(coarse, [seed, 0])
-    coarse_templates = [templates.coefficients(label, first) for label in range(len(templates.volumes))]
-    found = []
-    for images, of_images in _portions(y, sigma, **given):
-        total = templates.sum(images, **of_images)
-        total.check_scale(torch.cat(coarse_templates))
-        scores = [total.add(each, label).cpu().numpy() for label, each in enumerate(coarse_templates)]
-        for start in range(0, len(images), TOGETHER):
-            rows = slice(start, min(start + TOGETHER, len(images)))
-            part = [score[rows] for score in scores]
-            found.append(_refined(templates, total.some(rows), part, first, levels, seed))
-    return _joined(found)
-
-
-def _refined(
-    templates: Templates, total: PosteriorSum, scores: list[np.ndarray], first: np.ndarray, levels: int, seed: int
-) -> MapPosterior:
-    """The posterior of a few images over finer and finer grids near what is likely by their scores at the first."""
-    count, size = len(scores), len(first)
-    near = [first] * count
-    for level in range(1, levels + 1):
-        best = np.max([score.max(axis=1) for score in scores if score.size], axis=0)
-        least = (best - BELOW[0] - BELOW[1] * np.abs(best))[:, None]
-        likely = [rotations[(score > least).any(axis=0)] for score, rotations in zip(scores, near)]
-        if level > 1 and sum(map(len, likely)) > count * size / 8:
-            break
-        reach, size = 1.2 * np.sqrt(4 * np.pi / size), 4 * size
-        grid = directions(size, [seed, level])
-        near = [grid[_within(grid[:, :, 2], each[:, :, 2], reach)] for each in likely]
-        total, scores = total.some(slice(0, total.n)), []
-        for label, each in enumerate(near):
-            score = total.add(templates.coefficients(label, each), label).cpu().numpy() if len(each) else None
-            scores.append(np.empty((0, 0)) if score is None else score)
-    return _with_poses(total, np.concatenate(near), count * size)
+    maps = Maps(volumes, coarse=coarse, levels=levels, seed=seed, device=device)
+    return maps.posterior(y, sigma, **given)
 
 
 def _within(grid: np.ndarray, points: np.ndarray, reach: float) -> np.ndarray:
-    """The numbers of those of a grid's points that lie within reach of any of some others, ascending."""
+    """The numbers of those of a grid's directions that lie within reach of any of some others, ascending."""
     if not len(points):
         return np.empty(0, int)
-    distances, _ = cKDTree(points).query(grid, distance_upper_bound=reach)
+    distances, _ = cKDTree(points[:, :, 2]).query(grid[:, :, 2], distance_upper_bound=reach)
     return np.flatnonzero(np.isfinite(distances))
 
 

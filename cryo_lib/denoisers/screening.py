@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from cryo_lib.denoisers.ofstack import Grid, own_pixel_size
 from cryo_lib.denoisers.summing import moved
 from cryo_lib.denoisers.templates import Templates, directions
 from cryo_lib.simulate import noise, projection
 from cryo_lib.simulate.ctf import ctf
-from cryo_lib.stacks.particles import ParticleStack, contrast_of
+from cryo_lib.stacks.particles import ParticleStack
 
 LABEL = "rlnParticleFigureOfMerit"  # the evidence in star files: RELION knows, keeps and selects by it, never sets it
 SIZE, DIRECTIONS = 48, 400  # pixels, at most, of the grid; directions over the sphere, all turns of each
@@ -25,7 +26,7 @@ GAINS, FINER = np.geomspace(0.05, 51.2, 11), np.geomspace(0.6, 1 / 0.6, 6)  # sd
 PRINT_EVERY = 10  # seconds between lines of progress
 
 
-class Screen:
+class Screen(Grid):
     """A map ready to be looked for in the images of a stack.
 
     Parameters
@@ -35,6 +36,8 @@ class Screen:
     volume, voxel_size : the map, `(m, m, m)`, and its A. The middle of the images that it covers is compared.
     contrast : "bright" or "dark" particles; None takes them for bright where they prove to be.
     n_directions, seed : of the templates, and of the turn of their grid.
+    size : pixels, at most, of the grid that is compared on.
+    reach : A, how far particles may lie off the centre where the stack has no poses; their shifts are summed over.
 
     Raises
     ------
@@ -43,6 +46,7 @@ class Screen:
     Attributes
     ----------
     n, pixel_size : of the grid that is compared on, A.
+    volume : the map on it, `(n, n, n)`, `in_sphere`.
     spectrum : `(n // 2 + 1,)`, the noise's power in rings, 1 being that of white noise of the background's sd.
     gain : how many sd of the noise one of a template is, templates being projections on [0, 1].
     """
@@ -55,20 +59,22 @@ class Screen:
         *,
         contrast: str | None = None,
         n_directions: int = DIRECTIONS,
+        size: int = SIZE,
+        reach: float = 0.0,
         seed: int = 0,
         device: str = "auto",
     ) -> None:
-        if stack.pixel_size is None:
-            raise ValueError(f"{stack.path}: expected a pixel size, got none; open it with pixel_size=...")
-        self.stack, self.contrast = stack, contrast_of(stack, contrast)
-        box = min(len(volume) * voxel_size, stack.images.shape[1] * stack.pixel_size)
-        self.n = 2 * round(min(SIZE, box / max(voxel_size, stack.pixel_size)) / 2)
-        self.pixel_size = box / self.n
-        volume = projection.resample_volume(volume, voxel_size, self.n, self.pixel_size)
-        self.templates, rotations = Templates([volume], device=device), directions(n_directions, seed)
+        own = own_pixel_size(stack)
+        box = min(len(volume) * voxel_size, stack.images.shape[1] * own)
+        n = 2 * round(min(size, box / max(voxel_size, own)) / 2)
+        super().__init__(stack, n, box / n, contrast)
+        self.volume = projection.resample_volume(in_sphere(volume), voxel_size, n, self.pixel_size)
+        self.templates, rotations = Templates([self.volume], device=device), directions(n_directions, seed)
         self.coefficients = self.templates.coefficients(0, rotations)
-        views = projection.rescale(projection.project(volume, rotations[:FEW]))
+        views = projection.rescale(projection.project(self.volume, rotations[:FEW]))
         self.level = float(noise.background(views)[0].mean())
+        searched = stack.poses is None and reach >= self.pixel_size
+        self.shifts = (reach / self.pixel_size, 1.0) if searched else None
         some = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
         images = self.images(some)
         self.spectrum = background_spectrum(images)
@@ -78,27 +84,46 @@ class Screen:
 
     def images(self, rows: Any) -> np.ndarray:
         """Images `(m, n, n)` of these rows on the grid, centred, protein bright, background of mean 0 and sd 1."""
-        stack = self.stack
-        y = noise.standardise(stack.images[rows], stack.pixel_size, self.n, self.pixel_size, self.contrast)
-        return y if stack.poses is None else moved(y, -stack.poses.shifts[rows] / self.pixel_size)
+        return self.centred(self.seen(self.stack.images[rows]), rows)
+
+    def centred(self, y: np.ndarray, rows: Any) -> np.ndarray:
+        """Images of these rows on the grid, moved back by the shifts of their poses where they have them."""
+        return y if self.stack.poses is None else moved(y, -self.stack.poses.shifts[rows] / self.pixel_size)
 
     def evidence(self, rows: Any) -> np.ndarray:
         """Of these rows, `(m,)`, nats: above 0 a projection of the map explains the image better than noise alone."""
         return self._evidence(self.images(rows), rows, self.gain)
 
-    def _evidence(self, images: np.ndarray, rows: Any, gain: float) -> np.ndarray:
-        given = {"spectrum": self.spectrum}
-        level = self.level
+    def question(self, y: np.ndarray, rows: Any, gain: float) -> tuple[np.ndarray, float, dict[str, Any]]:
+        """Centred images, their sigma and what else the posterior takes of them, on the grey scale of the templates."""
+        given, level = {"spectrum": self.spectrum, "shifts": self.shifts}, self.level
         if self.stack.ctf is not None:
             given["transfer"] = ctf(self.stack.ctf.iloc[rows], self.n, self.pixel_size)
             level = level * given["transfer"][:, :1, :1]
-        total = self.templates.sum(images / np.float32(gain) + level, 1 / gain, **given)
+        return y / np.float32(gain) + level, 1 / gain, given
+
+    def _evidence(self, y: np.ndarray, rows: Any, gain: float) -> np.ndarray:
+        y, sigma, given = self.question(y, rows, gain)
+        total = self.templates.sum(y, sigma, **given)
         total.add(self.coefficients)
         return total.result().evidence
 
     def _likelihood(self, images: np.ndarray, rows: Any, gain: float) -> float:
         """Log likelihood of a gain where every other image is noise alone: such images do not lower the estimate."""
         return float(np.logaddexp(0, self._evidence(images, rows, gain)).sum())
+
+
+def in_sphere(volume: Any) -> np.ndarray:
+    """A map less the level of its corners, and 0 beyond the sphere inscribed in its box: no view shows the box's edges.
+
+    The edge is a cosine over a tenth of the radius. The map is `(m, m, m)`.
+    """
+    volume = projection.as_volume(volume)
+    radius = np.sqrt(sum(axis**2 for axis in np.ogrid[(slice(-1, 1, len(volume) * 1j),) * 3]))
+    level = volume[radius > 1].mean(dtype=float)
+    return (volume - np.float32(level)) * (0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))).astype(
+        np.float32
+    )
 
 
 def background_spectrum(images: np.ndarray) -> np.ndarray:

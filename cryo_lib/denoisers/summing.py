@@ -179,28 +179,40 @@ class PosteriorSum:
         """Raise ValueError where the images are on another grey scale than references with coefficients `(m, d)`.
 
         What is compared is how much of the references' rotational mean the median image holds: more than twice as much
-        as any reference, less than a tenth of any, or the negative of it cannot come from them. Images that hold none
-        within the noise's error are noise alone, and pass.
+        as any reference, less than a tenth of any, or the negative of it cannot come from them; nor can the negative of
+        it and an offset, which are fitted together. Images that hold none within the noise's error are noise alone,
+        and pass.
         """
         block = self.basis.blocks[0]
         rings = references[:, block] @ self.basis.on_rings[0]
-        mean = rings.mean(0)
-        power = mean.abs().square()
-        weights = torch.ones(1, len(power), device=power.device) if self.rings is None else self.rings
+        ones = self.basis.expand(np.ones((1, self.basis.rings.n, self.basis.rings.n), np.float32))[:, block]
+        shapes = torch.stack([rings.mean(0), (ones @ self.basis.on_rings[0])[0]])  # the mean, and an offset
+        weights = torch.ones(1, rings.shape[1], device=rings.device) if self.rings is None else self.rings
         y, precision = self.y[:: len(self.shifts), block], self.precision[:: len(self.shifts)]
-        energy = weights @ power
-        held = (y @ references[:, block].mean(0).conj()).real / energy
-        weights = weights.mean(0)
-        own = (rings * mean.conj()).real @ weights / (power @ weights)
-        error = 1.25 * float((precision * energy).rsqrt().median()) / self.n**0.5
+        with_shapes = torch.cat([references[:, block].mean(0, keepdim=True), ones]).conj().T
+        values, products = (y @ with_shapes).real, (shapes[:, None] * shapes.conj()).real
+        cross = torch.einsum("nr,abr->nab", weights, products)
+        held, error, own = values[:, 0] / cross[:, 0, 0], cross[:, 0, 0].rsqrt(), weights.mean(0)
+        mean_cross, of_references = cross.mean(0), torch.einsum("mr,ar,r->ma", rings, shapes.conj(), own.to(rings)).real
+        self._check_held(held, precision.rsqrt() * error, of_references[:, 0] / mean_cross[0, 0], False)
+        # Of a mean and an offset, which no transfer weighs: the first row of the inverse, and its error.
+        mixed = torch.stack([cross[:, :, 0], products.sum(2)[:, 1].expand(len(cross), 2)], 2)
+        first = torch.linalg.inv(mixed.double())[:, :1].float()
+        held, error = (first[:, 0] * values).sum(1), (first @ cross @ first.mT)[:, 0, 0].sqrt()
+        self._check_held(held, precision.rsqrt() * error, of_references @ first.mean(0)[0], True)
+
+    def _check_held(self, held: Tensor, error: Tensor, own: Tensor, negative: bool) -> None:
+        """ValueError where the median image holds what no reference does; with `negative`, of that alone."""
         found, low, high = float(held.median()), float(own.min()), float(own.max())
-        sure = SURE * error
+        spread = 1.25 * float(error.median()) / self.n**0.5
+        sure = SURE * spread
         bright, dark = found - sure > BRIGHT * high, found + sure < min(DARK * high, 2 * low)
-        if bright or dark or sure < found < DIM * low - sure:
+        if dark or not negative and (bright or sure < found < DIM * low - sure):
             raise ValueError(
                 f"y: expected images on the grey scale of the references, got a median image that holds {found:.3g} "
-                f"(within {error:.1g}) times their mean, of which the references hold {low:.3g} to {high:.3g}; "
-                "subtract the background of the images, protein bright, and divide them by their contrast"
+                f"(within {spread:.1g}) times their mean{', beside an offset' if negative else ''}, of which the "
+                f"references hold {low:.3g} to {high:.3g}; subtract the background of the images, protein bright, and "
+                "divide them by their contrast"
             )
 
     def add(self, references: Tensor, label: int = 0, scores: bool = True) -> Tensor | None:

@@ -167,7 +167,8 @@ def prepare(star: str | Path, folder: str | Path, particle_diameter: float, *, c
     names = [f"{number:06d}@{out.stem}.mrcs" for number in range(1, len(stack) + 1)]
     table = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": stack.table["rlnOpticsGroup"]})
     if ctf:
-        table = table.join(stack.ctf[[*DEFOCUS, *CTF_DEFAULTS]])
+        own = [label for label in MICROSCOPE if label in stack.table]  # a particle's own comes before its group's
+        table = table.join(stack.ctf[[*DEFOCUS, *CTF_DEFAULTS, *own]])
     optics = stack.optics
     if ctf and (missing := [label for label in MICROSCOPE if label not in optics]):
         optics = optics.join(stack.ctf[missing].groupby(stack.table["rlnOpticsGroup"]).first(), on="rlnOpticsGroup")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cryo_lib.files import atomic
+from cryo_lib.files import atomic, foreign
 from cryo_lib.networks import models, parallel, pggan
 from cryo_lib.networks.algorithm import Algorithm1, Settings
 from cryo_lib.networks.batches import Batches, turned
@@ -312,11 +313,16 @@ class Trainer(Algorithm1):
             torch.save(state, temporary)
 
     def load_state(self, path: Path) -> None:
-        """Go on from a state written by `save_state` of the same configuration."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in self._parts():
-            getattr(self, name).load_state_dict(state[name])
-        self.iteration, self.seconds, self.history = state["iteration"], state["seconds"], state["history"]
+        """Go on from a state written by `save_state` of the same configuration; ValueError for another file."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for name in self._parts():
+                getattr(self, name).load_state_dict(state[name])
+            self.iteration, self.seconds, self.history = state["iteration"], state["seconds"], state["history"]
+        except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            got = foreign(path) or "a damaged one, one cut short, or another's"
+            problem = f"expected the state of this training, to go on with, got {got}"
+            raise ValueError(f"{path}: {problem}; delete it to train from the start") from error
         self._replayed = None  # the optimisers' tensors are new ones
 
     def _parts(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import shutil
 import subprocess
 import warnings
@@ -14,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cryo_lib import checks
-from cryo_lib.files import atomic, write_json
+from cryo_lib.files import atomic, foreign, read_json, write_json
 from cryo_lib.networks import parallel, pggan
 
 
@@ -461,13 +461,19 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             raise FileNotFoundError(
                 f"checkpoint: expected {needed}, found nothing; it is a .safetensors file with a .json card beside it"
             )
-    card = json.loads(path.with_suffix(".json").read_text())
+    card = read_json(path.with_suffix(".json"))
     try:
         build = GENERATORS[checks.choice("architecture", card["architecture"], GENERATORS)]
         model = build(card["image_size"], card["width"])
         model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        got = foreign(path) or f"a damaged file, or one cut short ({error}): copy it again"
+        raise ValueError(f"checkpoint {path}: expected weights as safetensors, got {got}") from error
     except KeyError as error:
-        raise ValueError(f"checkpoint {path}: its card has no {error}; it was not written by this library") from error
+        raise ValueError(
+            f"checkpoint {path}: expected a generator's card, its card has no {error}: it is not this library's"
+        ) from error
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"checkpoint {path}: weights and card do not fit together or are damaged: {error}") from error
+        problem = f"weights and card do not fit together or are damaged: {error}"
+        raise ValueError(f"checkpoint {path}: expected weights that its card describes, {problem}") from error
     return model.eval(), card

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cryo_lib import checks
-from cryo_lib.files import closure, cores, write_text
+from cryo_lib.files import closure, cores, read_json, write_text
 from cryo_lib.networks import models, parallel
 from cryo_lib.networks.algorithm import Settings
 from cryo_lib.networks.engine import Trainer, TrainingError
@@ -202,7 +202,7 @@ def finished(task: Run, settings: Settings, data: Path, out: Path, scores: Score
     path = out / task.folder / "generator.json"
     if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
-    card = json.loads(path.read_text())
+    card = read_json(path)
     wanted = configuration_of(task, settings, Dataset(data), torch.device(card["code"]["device"]), scores)
     return all(card[name] == value for name, value in wanted.items())
 

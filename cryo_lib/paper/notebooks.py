@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import re
 import sys
@@ -49,6 +50,34 @@ def check_parameters(name: str, known: dict[str, Any], given: dict[str, Any], co
             )
 
 
+def value_of(name: str, text: str, default: Any) -> Any:
+    """A parameter from the command line, read by the type of its default: text as it is, the rest as YAML.
+
+    A number may be written as 1e-3 here. NotebookError for what is not YAML.
+    """
+    if isinstance(default, str):
+        return text
+    if isinstance(default, float):
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return _yaml(f"parameter {name!r}", text)
+
+
+def _file(path: str) -> Any:
+    """What a parameter file holds."""
+    if not Path(path).is_file():
+        raise NotebookError(f"parameters: expected the file {path}, found nothing; start in the repository's root")
+    return _yaml(path, Path(path).read_bytes())
+
+
+def _yaml(name: str, text: str | bytes) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise NotebookError(f"{name}: expected YAML, got {text[:60]!r} ({where}); quote or correct it") from error
+
+
 def section(params: dict[str, Any], dotted: str) -> dict[str, Any]:
     """The mapping at a dotted name such as `study.table1`."""
     value: Any = params
@@ -66,7 +95,12 @@ def _read(path: Path, parameters: dict[str, Any], complete: bool) -> nbformat.No
     if not path.is_file():
         there = ", ".join(map(str, sorted(path.parent.glob("*.ipynb"))))
         raise NotebookError(f"{path}: no such notebook; there are {there}")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise NotebookError(
+            f"{path}: expected a Jupyter notebook, got another file ({error}); check the path"
+        ) from error
     check_parameters(path.name, declared(notebook, path.name), parameters, complete)
     return notebook
 
@@ -82,8 +116,6 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     ------
     NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
     """
-    # An optional checker of internationalised addresses costs papermill's import 2 s, and nothing here needs it.
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
@@ -189,7 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("out", nargs="?", help="the executed copy; default: executed/[<scale>/]<its name>")
             command.add_argument("--publish", action="store_true", help="write it to paper/ too, as it is committed")
         often = {"action": "append", "default": []}
-        command.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), help="VALUE as YAML", **often)
+        command.add_argument(
+            "-p", nargs=2, metavar=("NAME", "VALUE"), help="VALUE as it is for text, else as YAML", **often
+        )
         what = "all parameters of a section, such as study.table1; then none may be missing"
         command.add_argument("-s", metavar="SECTION", help=what, **often)
         command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
@@ -202,8 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command in ("run", "script"):
             notebook, parameters = find(options.notebook), {}
             for name in options.s:
-                parameters |= section(yaml.safe_load(Path(options.params).read_text()), name)
-            parameters |= {name: yaml.safe_load(value) for name, value in options.p}
+                parameters |= section(_file(options.params), name)
+            known = declared(_read(notebook, {}, False), notebook.name) if options.p else {}
+            parameters |= {name: value_of(name, text, known.get(name)) for name, text in options.p}
             if options.command == "script":
                 script(notebook, parameters, complete=bool(options.s))
                 return 0
@@ -215,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "export":
             export()
         else:
-            print(report(yaml.safe_load(Path(options.params).read_text())["scale"]))
+            print(report(_file(options.params)["scale"]))
     except (NotebookError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
+from threadpoolctl import threadpool_limits
 
 PEPTIDE = {  # distances between atoms of a residue and of the next
     ("C", "N"): 1.33,
@@ -139,4 +140,5 @@ def mend(atoms: Atoms, xyz: np.ndarray, ideal: bool = False) -> np.ndarray:
         return float((error**2).sum() + 0.02 * (drift**2).sum()), gradient.ravel()
 
     options = {"maxiter": 30, "maxcor": 4}
-    return minimize(strain, xyz.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(-1, 3)
+    with threadpool_limits(1, user_api="blas"):  # the sums of several threads differ in their last digits
+        return minimize(strain, xyz.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(-1, 3)

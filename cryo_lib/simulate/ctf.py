@@ -9,6 +9,7 @@ import numpy as np
 import scipy.fft
 
 from cryo_lib import checks
+from cryo_lib.simulate.projection import square
 
 CTF_LABELS = (
     "rlnDefocusU",
@@ -71,8 +72,21 @@ def ctf(parameters: Mapping[str, Any], n: int, pixel_size: float) -> np.ndarray:
 
 def apply_ctf(images: Any, parameters: Mapping[str, Any], pixel_size: float) -> np.ndarray:
     """Return images `(m, n, n)` float32 convolved with their point spread functions, periodically; see `ctf`."""
-    images = checks.as_images("images", images)
-    transfer = ctf(parameters, images.shape[1], pixel_size)
-    if images.shape[1] != images.shape[2] or len(transfer) != len(images):
+    images = square(images)
+    return _times(images, ctf(parameters, images.shape[1], pixel_size))
+
+
+def phase_flip(images: Any, parameters: Mapping[str, Any], pixel_size: float) -> np.ndarray:
+    """Return images `(m, n, n)` float32, negated at the frequencies where their CTF is negative: it becomes |CTF|.
+
+    The spectrum of their noise stays. Parameters are those of `ctf`, a row an image.
+    """
+    images = square(images)
+    negative = ctf(parameters, images.shape[1], pixel_size) < 0
+    return _times(images, np.where(negative, np.float32(-1), np.float32(1)))
+
+
+def _times(images: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+    if len(transfer) != len(images):
         raise ValueError(f"images: expected ({len(transfer)}, n, n), one a row of the parameters, got {images.shape}")
     return scipy.fft.irfft2(scipy.fft.rfft2(images) * transfer, s=images.shape[1:])

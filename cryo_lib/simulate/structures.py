@@ -8,24 +8,24 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from string import ascii_uppercase
 
 import gemmi
 import numpy as np
-from scipy import sparse
-from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.simulate.atoms import Atoms, carry, centred, fit, with_positions
+from cryo_lib.simulate.domains import core_and_clamp, local_fits, rigid_neighbours
+from cryo_lib.simulate.matching import Common, match, require
 from cryo_lib.simulate.phantom import phantom
 
 SOURCES = ("phantom", "pdb", "files")
 CHAINS = ("A", "B", "C", "D", "E", "F")  # alpha, alpha, beta, beta', omega, sigma
 FORMATS = {".pdb": gemmi.CoorFormat.Pdb, ".cif": gemmi.CoorFormat.Mmcif}
+PROTEIN_ELEMENTS = ("H", "D", "C", "N", "O", "S", "Se", "P")
 RCSB = "https://files.rcsb.org/download"
 
 
@@ -48,11 +48,10 @@ def prepare(
 
     Parameters
     ----------
-    source : "phantom" (built in; uses `seed` and `opening`), "pdb" (the two entries, fetched into `cache_dir`) or
-        "files" (`closed_file` and `open_file`). One never stands in for another.
+    source : "phantom" (built in; uses `seed` and `opening`), or what `ends` reads. One never stands in for another.
     n_conformations : number of structures returned, at least 2.
-    chains : chains kept of the closed structure.
-    core_chain, clamp_chain : the chain to superpose on, and the one that turns; both structures must have them.
+    core_chain, clamp_chain : what is superposed, and what turns, of the closed structure: a chain `C`, residues such as
+        `A:1-29,60-121`, or several joined by +. Both the same, or both "" (all chains): found, see `core_and_clamp`.
 
     Returns
     -------
@@ -60,19 +59,51 @@ def prepare(
 
     Raises
     ------
-    ValueError : unknown source, missing file names, chains that are absent; and what `fetch`, `read`, `morph` raise.
+    ValueError : unknown source; and what `ends` and `morph` raise.
     """
     checks.choice("source", source, SOURCES)
     if source == "phantom":
         return phantom(n_conformations, opening, seed)
+    pair = ends(
+        source,
+        open_entry=open_entry,
+        closed_entry=closed_entry,
+        open_file=open_file,
+        closed_file=closed_file,
+        chains=chains,
+        cache_dir=cache_dir,
+    )
+    return centred(morph(*pair, n_conformations, core_chain=core_chain, clamp_chain=clamp_chain))
+
+
+def ends(
+    source: str,
+    *,
+    open_entry: str = "1L9U",
+    closed_entry: str = "4XLN",
+    open_file: str | Path | None = None,
+    closed_file: str | Path | None = None,
+    chains: Sequence[str] = CHAINS,
+    cache_dir: str | Path = "data/pdb",
+) -> tuple[gemmi.Structure, gemmi.Structure]:
+    """Read the closed and the open structure.
+
+    Parameters
+    ----------
+    source : "pdb" (the two entries, fetched into `cache_dir`) or "files" (`closed_file` and `open_file`).
+    chains : chains kept of the closed structure. The open one keeps all, under whatever names.
+
+    Raises
+    ------
+    ValueError : unknown source, missing file names, chains that are absent; and what `fetch` and `read` raise.
+    """
+    checks.choice("source", source, SOURCES[1:])
     if source == "pdb":
         closed_file, open_file = (fetch(entry, cache_dir) for entry in (closed_entry, open_entry))
-    if closed_file is None or open_file is None:
-        missing = "closed_file" if closed_file is None else "open_file"
-        raise ValueError(f"{missing}: source 'files' needs the path of a coordinate file, got None; set {missing}")
-    closed, open_ = read(closed_file, chains), read(open_file)
-    _require(open_, (core_chain, clamp_chain), str(open_file))
-    return centred(morph(closed, open_, n_conformations, core_chain=core_chain, clamp_chain=clamp_chain))
+    for name, file in (("closed_file", closed_file), ("open_file", open_file)):
+        if not file:
+            raise ValueError(f"{name}: source 'files' needs the path of a coordinate file, got {file!r}; set {name}")
+    return read(closed_file, chains), read(open_file)
 
 
 def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
@@ -139,7 +170,7 @@ def read(path: str | Path, chains: Sequence[str] | None = None) -> gemmi.Structu
         raise FileNotFoundError(f"{path}: expected a coordinate file, got nothing there; check the path")
     structure = _parse(path, FORMATS[suffix])
     if chains is not None:
-        _require(structure, chains, str(path))
+        require(structure, chains, str(path))
         for chain in [chain.name for chain in structure[0] if chain.name not in chains]:
             structure[0].remove_chain(chain)
     structure.name = path.name.split(".")[0]
@@ -158,6 +189,7 @@ def _parse(path: Path, form: gemmi.CoorFormat) -> gemmi.Structure:
             f"{path}: expected a whole coordinate file, got a damaged one ({error}); delete it and fetch it again"
         ) from error
     _require_whole(structure, text, form, path)
+    _name_all(structure)
     structure.setup_entities()
     del structure[1:]
     structure.remove_alternative_conformations()
@@ -171,6 +203,22 @@ def _parse(path: Path, form: gemmi.CoorFormat) -> gemmi.Structure:
     if not len(structure) or not len(structure[0]):
         raise ValueError(f"{path}: expected protein chains, got none; it is empty, truncated or of something else")
     return structure
+
+
+def _name_all(structure: gemmi.Structure) -> None:
+    """Name a chain without a name by the first free letter; take elements that are absent from the atoms' names.
+
+    Molecular dynamics programs leave both out, and put atom names where `CA` reads as calcium.
+    """
+    for model in structure:
+        free = (letter for letter in ascii_uppercase if letter not in {chain.name for chain in model})
+        for chain in model:
+            chain.name = chain.name.strip() or next(free)
+            for residue in chain:
+                if {"N", "CA", "C"} <= {atom.name for atom in residue}:
+                    for atom in residue:
+                        if atom.element.name not in PROTEIN_ELEMENTS:
+                            atom.element = gemmi.Element(atom.name.lstrip("0123456789")[:1])
 
 
 def _require_whole(structure: gemmi.Structure, text: bytes, form: gemmi.CoorFormat, path: Path) -> None:
@@ -200,16 +248,6 @@ def _require_whole(structure: gemmi.Structure, text: bytes, form: gemmi.CoorForm
         )
 
 
-def _require(structure: gemmi.Structure, chains: Sequence[str], where: str) -> None:
-    present = [chain.name for chain in structure[0]]
-    absent = [name for name in chains if name not in present]
-    if absent or not len(chains):
-        raise ValueError(
-            f"{where}: expected chains {', '.join(chains) or '(none named)'}, got a structure without "
-            f"{', '.join(absent) or 'any of them'}; its protein chains are {', '.join(present)}"
-        )
-
-
 def write(structure: gemmi.Structure, path: str | Path) -> Path:
     """Write mmCIF (.cif) or PDB (.pdb) by the suffix, atomically; ValueError for another suffix."""
     path = Path(path)
@@ -231,29 +269,28 @@ def mass(structure: gemmi.Structure) -> float:
 def superpose(mobile: gemmi.Structure, fixed: gemmi.Structure, core_chain: str = "C") -> gemmi.Structure:
     """Return `mobile` moved so that the CA atoms of its core chain fit those of `fixed` best (least squares).
 
-    Residues are matched by chain and number, see `morph`. Raises ValueError where the chain is absent or another
-    protein.
+    `core_chain` : a chain or other selection of `mobile`. Raises ValueError where `match` does.
     """
-    common = _match(mobile, fixed, (core_chain,))
-    rotation, shift = fit(common.a, common.b)
+    common = match(mobile, fixed, core_chain)
+    core = common.within(core_chain)
+    rotation, shift = fit(common.a[core], common.b[core])
     return with_positions(mobile, Atoms.of(mobile).xyz @ rotation.T + shift)
 
 
 def clamp_rotation(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", clamp_chain: str = "D") -> np.ndarray:
     """The rotation by which the clamp turns from `a` to `b`, cores superposed: a vector `(3,)`, radians, frame of `b`.
 
-    The clamp is the largest rigid body among the residues of the clamp chain that move: those displaced by more than
-    0.4 of the 80th percentile, of which a least-squares fit keeps, in turns, what lies within 1.5 times its median
-    error.
+    It is that of the largest rigid body among the residues of the clamp (see `prepare`) that move: those displaced by
+    more than 0.4 of the 80th percentile, of which a least-squares fit keeps, in turns, what lies within 1.5 times its
+    median error.
 
     Raises
     ------
-    ValueError : a chain is absent, or is another protein in `b`.
+    ValueError : a chain is absent, or is another protein in `b`; and what `core_and_clamp` raises.
     """
-    common = _match(a, b, (core_chain, clamp_chain))
-    core = common.chain == core_chain
+    common, core, clamp = _bodies(a, b, core_chain, clamp_chain)
     rotation, shift = fit(common.a[core], common.b[core])
-    before, after = (common.a @ rotation.T + shift)[~core], common.b[~core]
+    before, after = (common.a @ rotation.T + shift)[clamp], common.b[clamp]
     moved = np.linalg.norm(before - after, axis=1)
     kept = moved >= 0.4 * np.percentile(moved, 80)
     before, after = before[kept], after[kept]
@@ -265,13 +302,20 @@ def clamp_rotation(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C"
     return Rotation.from_matrix(rotation).as_rotvec()
 
 
+def _bodies(a: gemmi.Structure, b: gemmi.Structure, core: str, clamp: str) -> tuple[Common, np.ndarray, np.ndarray]:
+    """The residues in common, and which of them are the core and the clamp."""
+    core, clamp = core_and_clamp(a, b, core, clamp)
+    common = match(a, b, core, clamp)
+    return common, common.within(core), common.within(clamp)
+
+
 def clamp_angle(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", clamp_chain: str = "D") -> float:
     """Degrees by which the clamp turns from `a` to `b`, see `clamp_rotation`."""
     return float(np.degrees(np.linalg.norm(clamp_rotation(a, b, core_chain, clamp_chain))))
 
 
 def cleft_view(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", clamp_chain: str = "D") -> np.ndarray:
-    """The orientation that shows the clamp open best: looking along its hinge, the clamp chain at the top.
+    """The orientation that shows the clamp open best: looking along its hinge, the clamp at the top.
 
     Returns
     -------
@@ -279,8 +323,8 @@ def cleft_view(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", cl
 
     Raises
     ------
-    ValueError : as `clamp_rotation`; `b` has no chain of one of these names; or the clamp turns by less than 0.1
-        degree, so that it has no hinge to look along.
+    ValueError : as `clamp_rotation`; or the clamp turns by less than 0.1 degree, so that it has no hinge to look
+        along.
     """
     z = clamp_rotation(a, b, core_chain, clamp_chain)
     turn = np.linalg.norm(z)
@@ -291,19 +335,11 @@ def cleft_view(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", cl
             "along; pass a closed and an open structure"
         )
     z /= turn
-    up = _mean_ca(b, clamp_chain) - _mean_ca(b, core_chain)
+    common, core, clamp = _bodies(a, b, core_chain, clamp_chain)
+    up = common.b[clamp].mean(axis=0) - common.b[core].mean(axis=0)
     y = -(up - (up @ z) * z)
     y /= np.linalg.norm(y)
     return np.stack([np.cross(y, z), y, z], axis=1)
-
-
-def _mean_ca(structure: gemmi.Structure, chain: str) -> np.ndarray:
-    _require(structure, (chain,), f"structure {structure.name}")
-    return np.mean([_ca(residue) for residue in structure[0][chain]], axis=0)
-
-
-def _ca(residue: gemmi.Residue) -> list[float]:
-    return residue["CA"][0].pos.tolist()
 
 
 def morph(
@@ -319,87 +355,20 @@ def morph(
     RMSD), with the rotamers of `closed`. A stretch of `closed` that `open_` lacks moves as one body with what is
     near its two ends.
 
-    Chains are matched by name, or where that is another protein by the first in the file with the same residues, and
-    residues by number.
-
     Raises
     ------
-    ValueError : `n` < 2, the chains are absent, or a chain of `closed` has no counterpart with its numbering.
+    ValueError : `n` < 2; and what `matching.match` and `core_and_clamp` raise.
     """
     n = checks.integer("n_conformations", n, low=2)
-    _require(closed, (core_chain, clamp_chain), f"closed structure {closed.name}")
-    common = _match(closed, open_, [chain.name for chain in closed[0]])
-    core = common.chain == core_chain
+    common = match(closed, open_)
+    core = common.within(core_and_clamp(closed, open_, core_chain, clamp_chain)[0])
     rotation, shift = fit(common.b[core], common.a[core])
     target = common.b @ rotation.T + shift
 
     ca = Atoms.of(closed).ca_xyz
-    weights = _rigid_neighbours(ca, common.index, target)
-    rotations, centre, moved_centre = _local_fits(weights, common.a, target)
+    weights = rigid_neighbours(ca, common.index, target)
+    rotations, centre, moved_centre = local_fits(weights, common.a, target)
     goal = moved_centre + np.einsum("nij,nj->ni", rotations, ca - centre)
     goal[common.index] = target
     turn = Rotation.from_matrix(rotations).as_rotvec()
     return carry(closed, turn, goal - ca, n)
-
-
-class _Common(NamedTuple):
-    """CA atoms that two structures share: number in the first, positions in both, chain name in the first."""
-
-    index: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    chain: np.ndarray
-
-
-def _match(a: gemmi.Structure, b: gemmi.Structure, chains: Sequence[str]) -> _Common:
-    _require(a, chains, f"structure {a.name}")
-    others = {chain.name: {str(residue.seqid): residue for residue in chain} for chain in b[0]}
-    rows, start = [], 0
-    for chain in a[0]:
-        here = {str(residue.seqid): (number, residue) for number, residue in enumerate(chain, start)}
-        start += len(chain)
-        if chain.name not in chains:
-            continue
-        for name in sorted(others, key=lambda other: other != chain.name):
-            shared = [key for key in here if key in others[name]]
-            same = sum(here[key][1].name == others[name][key].name for key in shared)
-            if len(shared) >= 0.3 * len(here) and same >= 0.5 * len(shared):
-                break
-        else:
-            sizes = ", ".join(f"{name} ({len(residues)} residues)" for name, residues in others.items())
-            raise ValueError(
-                f"chain {chain.name} of {a.name} ({len(here)} residues): expected the same protein with "
-                f"the same residue numbers in {b.name}, got {sizes or 'no other chain'}; "
-                "choose other chains or renumber"
-            )
-        partner = others.pop(name)
-        rows += [(here[key][0], _ca(here[key][1]), _ca(partner[key]), chain.name) for key in shared]
-    index, first, second, names = zip(*rows)
-    return _Common(np.array(index), np.array(first), np.array(second), np.array(names))
-
-
-def _rigid_neighbours(ca: np.ndarray, known: np.ndarray, target: np.ndarray) -> sparse.csr_array:
-    """Row-normalised `(residues, known)` weights: near (4 A sd) and rigid (distance kept, 1 A sd)."""
-    tree, n = cKDTree(ca[known]), len(known)
-    i, j = tree.query_pairs(12.0, output_type="ndarray").T
-    before, after = np.linalg.norm(ca[known[i]] - ca[known[j]], axis=1), np.linalg.norm(target[i] - target[j], axis=1)
-    weight = np.exp(-0.5 * (before / 4.0) ** 2 - 0.5 * (after - before) ** 2)
-    lost = np.setdiff1d(np.arange(len(ca)), known)
-    near = np.empty((len(lost), 50), int)
-    edges = np.flatnonzero(np.diff(lost, prepend=-2, append=len(ca) + 1) > 1)
-    for start, stop in pairwise(edges):  # an absent stretch moves as one body
-        near[start:stop] = tree.query(ca[lost[[start, stop - 1]]], 25)[1].ravel()
-    rows = np.concatenate([known[i], known[j], known, np.repeat(lost, 50)])
-    columns = np.concatenate([j, i, np.arange(n), near.ravel()])
-    values = np.concatenate([weight, weight, np.ones(n + near.size)])
-    weights = sparse.csr_array((values, (rows, columns)), shape=(len(ca), n))
-    return sparse.diags_array(1.0 / weights.sum(axis=1)) @ weights
-
-
-def _local_fits(weights: sparse.csr_array, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each row of `weights` the rotation matrix that takes `a` to `b`, and the centres before and after."""
-    mean_a, mean_b = weights @ a, weights @ b
-    cross = (weights @ (b[:, :, None] * a[:, None, :]).reshape(-1, 9)).reshape(-1, 3, 3)
-    u, _, vt = np.linalg.svd(cross - mean_b[:, :, None] * mean_a[:, None, :])
-    u[:, :, 2] *= np.sign(np.linalg.det(u @ vt))[:, None]
-    return u @ vt, mean_a, mean_b

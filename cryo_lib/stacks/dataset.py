@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from cryo_lib import checks
+from cryo_lib.files import foreign, read_json
 from cryo_lib.simulate import contamination
 from cryo_lib.simulate.noise import PROTOCOLS, add_noise
 
@@ -102,21 +103,21 @@ class Dataset:
     @property
     def card(self) -> dict[str, Any]:
         """Image and pixel size (A), what it is binned from (px), resolution (A), seed, and digests of the images."""
-        return json.loads(self._file("card.json").read_text())
+        return read_json(self._file("card.json"))
 
     @property
     def poses(self) -> dict[str, np.ndarray]:
         """`<split>_rotations` `(n, 3, 3)`; `(n,)`: simulated, `<split>_conformations`; particles, `<split>_rows`."""
-        return dict(np.load(self._file("poses.npz")))
+        return dict(self._load("poses.npz"))
 
     @property
     def volumes(self) -> np.ndarray:
         """The density of each conformation, `(conformations, n, n, n)` float32."""
-        return np.load(self._file("volumes.npy"))
+        return self._load("volumes.npy")
 
     def clean(self, split: str) -> np.ndarray:
         """The references of a split, `(n, h, w)` float32 in [0, 1], mapped from their file."""
-        return np.load(self._file(f"x_{checks.choice('split', split, SPLITS)}.npy"), mmap_mode="c")
+        return self._load(f"x_{checks.choice('split', split, SPLITS)}.npy", mmap_mode="c")
 
     def pairs(self, split: str, experiment: Experiment) -> tuple[np.ndarray, np.ndarray]:
         """References and noisy images of a split, Eq. (1): the same for every run, each split with noise of its own.
@@ -125,7 +126,7 @@ class Dataset:
         """
         x = self.clean(split)
         if experiment.protocol == MEASURED:
-            y = np.load(self._file(f"y_{split}.npy"), mmap_mode="c")
+            y = self._load(f"y_{split}.npy", mmap_mode="c")
         else:
             y = self.noisy(x, experiment, len(SPLITS) * self.card["seed"] + SPLITS.index(split))
         kept = _kept(split, experiment)
@@ -156,6 +157,14 @@ class Dataset:
         return contamination.Views(
             self.volumes, poses[f"{split}_rotations"][kept], poses[f"{split}_conformations"][kept]
         )
+
+    def _load(self, name: str, **options: Any) -> Any:
+        path = self._file(name)
+        try:
+            return np.load(path, **options)
+        except (ValueError, EOFError, BadZipFile) as error:
+            got = foreign(path) or "a damaged one, or one cut short"
+            raise ValueError(f"data: expected {path} as it was written, got {got}; make it again") from error
 
     def _file(self, name: str) -> Path:
         path = Path(self.folder, name)

@@ -1,20 +1,10 @@
-"""Particle stacks on disk: .star (RELION 3.0, 3.1 and later), .mrc, .mrcs and cryoSPARC .cs in; .mrcs + .star out.
-
-A stack named by a .star or .cs file is looked for in this order; the first hit is taken, with a warning where another
-place holds a different file of that name:
-
-1. an absolute path, as it is;
-2. under `project`, and nowhere else, where the caller gives it;
-3. under the working directory: RELION's and cryoSPARC's project directory;
-4. under the folder of the .star or .cs file, then under each folder above it, nearest first.
-"""
+"""Particle stacks on disk: .star (RELION 3.0, 3.1 and later), .mrc, .mrcs and cryoSPARC .cs in; .mrcs + .star out."""
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +12,27 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.spatial.transform import Rotation
 
 from cryo_lib import checks
 from cryo_lib.files import atomic
 from cryo_lib.simulate.projection import euler_from_rotation, rotation_from_euler
+from cryo_lib.stacks import cryosparc
+from cryo_lib.stacks.columns import (
+    ANGLES,
+    CTF_DEFAULTS,
+    DEFOCUS,
+    DETECTOR,
+    MICROSCOPE,
+    ORIGINS,
+    numbers,
+    pixel_size_of,
+    require,
+    resized,
+)
+from cryo_lib.stacks.locate import find_images
 from cryo_lib.stacks.mrc import BATCH, Images, StackFile, write_stack
 from cryo_lib.stacks.star import Star
 from cryo_lib.stacks.star import text as star_text
-
-ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
-ORIGINS = ["rlnOriginXAngst", "rlnOriginYAngst"]
-DEFOCUS = ["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"]
-MICROSCOPE = ["rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast"]
-CTF_DEFAULTS = {"rlnPhaseShift": 0.0, "rlnCtfBfactor": 0.0, "rlnCtfScalefactor": 1.0}
-
-_PIXEL_TOLERANCE = 0.005  # relative; sources of the pixel size that differ by more disagree
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,7 @@ class ParticleStack:
     images: Images  # lazy, (n, h, w) float32
     pixel_size: float | None  # A; None where no source says it
     _star: Star | None
+    _by_hand: bool = False  # the pixel size, which may not be what the file says
 
     @classmethod
     def open(cls, path: str | Path, *, project: Path | str | None = None, pixel_size: Any = None) -> ParticleStack:
@@ -79,31 +75,34 @@ class ParticleStack:
 
         Parameters
         ----------
-        project : the folder that image references are relative to; None searches, see the top of this module.
+        project : the folder that image references are relative to; None searches, see `stacks.locate`.
         pixel_size : A, in place of what the files say; needed where they disagree.
 
         Raises
         ------
         FileNotFoundError : the file, or a stack it names, is not there.
         ValueError : not such a file, missing columns, an image number beyond its stack, damaged or short stacks, mixed
-            boxes, pixel sizes that are mixed or disagree.
+            boxes, pixel sizes that are mixed or disagree, volumes, tilt series and subtomograms.
         """
         path, star, optics = Path(path), None, None
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a .star, .cs, .mrcs or .mrc file, got no file; check the path")
         suffix = checks.choice(f"{path}: file type", path.suffix, (".star", ".cs", ".mrcs", ".mrc"))
         if suffix in (".mrcs", ".mrc"):
-            file = StackFile.read_header(str(path.absolute()))
+            file = StackFile.read_header(str(path.absolute())).images(numbered=False)
             table, images = pd.DataFrame(index=range(file.shape[0])), Images.of(file)
         else:
-            table, optics, star = _read_star(path) if suffix == ".star" else (*_read_cs(path), None)
-            images = _find_images(path, table["rlnImageName"], project)
+            table, optics, star = _read_star(path) if suffix == ".star" else (*cryosparc.read(path), None)
+            images = find_images(path, table["rlnImageName"], project)
+            table["rlnImageName"] = (
+                table["rlnImageName"].str.replace("@>", "@") if star is None else table["rlnImageName"]
+            )
         used = None if optics is None else optics.iloc[np.unique(_optics_rows(path, table, optics, images.shape[2]))]
-        if pixel_size is None:
-            pixel_size = _pixel_size(path, table, used, images.files)
-        else:
+        if by_hand := pixel_size is not None:
             pixel_size = checks.number("pixel_size", pixel_size, above=0.0)
-        return cls(path, table, optics, images, pixel_size, star)
+        else:
+            pixel_size = pixel_size_of(path, table, used, images.files)
+        return cls(path, table, optics, images, pixel_size, star, by_hand)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -113,9 +112,9 @@ class ParticleStack:
         """The poses, or None where the table lacks any of the three angles; origins left out are zero, as in RELION."""
         if not set(ANGLES) <= set(self.table):
             return None
-        rotations = rotation_from_euler(*_numbers(self.path, self.table[ANGLES]).to_numpy().T)
+        rotations = rotation_from_euler(*numbers(self.path, self.table[ANGLES]).to_numpy().T)
         labels = ORIGINS if set(ORIGINS) & set(self.table) else ["rlnOriginX", "rlnOriginY"]
-        origins = _numbers(self.path, self.table.reindex(columns=labels, fill_value=0.0)).to_numpy()
+        origins = numbers(self.path, self.table.reindex(columns=labels, fill_value=0.0)).to_numpy()
         if labels == ORIGINS:
             return Poses(rotations, 0.0 - origins)
         if origins.any() and self.pixel_size is None:
@@ -127,13 +126,16 @@ class ParticleStack:
     @property
     def half_sets(self) -> np.ndarray | None:
         """rlnRandomSubset, `(n,)` int64, or None where the table lacks it."""
-        return self.table["rlnRandomSubset"].to_numpy(np.int64) if "rlnRandomSubset" in self.table else None
+        if "rlnRandomSubset" not in self.table:
+            return None
+        return numbers(self.path, self.table[["rlnRandomSubset"]], whole=True).to_numpy(np.int64)[:, 0]
 
     @cached_property
     def ctf(self) -> pd.DataFrame | None:
         """CTF parameters, a row a particle, under RELION's labels (A, degrees, kV, mm); None where there is no defocus.
 
-        rlnPhaseShift, rlnCtfBfactor and rlnCtfScalefactor are 0, 0 and 1 where left out, as in RELION.
+        As in RELION, a particle's own value comes before its optics group's, and rlnPhaseShift, rlnCtfBfactor and
+        rlnCtfScalefactor are 0, 0 and 1 where left out.
         """
         table = self.table
         if not set(DEFOCUS) <= set(table):
@@ -141,11 +143,10 @@ class ParticleStack:
         if self.optics is not None:
             rows = _optics_rows(self.path, table, self.optics, self.images.shape[2])
             optics = self.optics.iloc[rows].set_axis(table.index)
-            table = pd.concat([optics, table[table.columns.difference(optics.columns)]], axis=1)
-        _require(self.path, table, MICROSCOPE)
-        return _numbers(
-            self.path, table.reindex(columns=DEFOCUS + MICROSCOPE + list(CTF_DEFAULTS)).fillna(CTF_DEFAULTS)
-        )
+            table = pd.concat([table, optics[optics.columns.difference(table.columns)]], axis=1)
+        require(self.path, table, MICROSCOPE)
+        table = table.assign(**{label: value for label, value in CTF_DEFAULTS.items() if label not in table})
+        return numbers(self.path, table[DEFOCUS + MICROSCOPE + list(CTF_DEFAULTS)])
 
     @cached_property
     def normalisation(self) -> Normalisation:
@@ -180,151 +181,57 @@ def contrast_of(stack: ParticleStack, given: str | None = None) -> str:
 def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, Star]:
     star = Star(path)
     table = star.table(star.find("rlnImageName"))
-    if "optics" in star.blocks and not star.blocks["optics"].loop:
+    if what := _tomography(star, table):
+        raise ValueError(
+            f"{path}: expected single particles, got {what}; tomography is not read: use RELION's own tools"
+        )
+    if "optics" not in star.blocks:
+        return table, None, star
+    if not star.blocks["optics"].loop:
         raise ValueError(f"{path}: expected data_optics as a table, got no loop_ in it; write it as RELION does")
-    return table, star.table("optics") if "optics" in star.blocks else None, star
+    optics = star.table("optics")
+    require(path, optics, ["rlnOpticsGroup"])
+    if "rlnOpticsGroup" not in table and len(optics) == 1:
+        table["rlnOpticsGroup"] = optics["rlnOpticsGroup"].iloc[0]
+    return table, optics, star
 
 
-def _read_cs(path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read a .cs file into RELION's columns: its poses are rotation vectors of our R, its shifts RELION's origins.
+def _tomography(star: Star, table: pd.DataFrame) -> str:
+    """What a star file of tomography holds, by its labels; "" for single particles.
 
-    Source: pyem (metadata/cryosparc2.py) and cryoDRGN (parse_pose_csparc), which agree.
+    RELION 5 says that its images are stacks of tilts; RELION 4 and 5 have labels of their own; Warp and M write the
+    tilts of a particle as rows of one group, whose B-factor is the dose and whose scale the tilt.
     """
-    try:
-        cs = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected a cryoSPARC .cs file, got one that numpy cannot read ({error})") from error
-    names, needed = cs.dtype.names or (), ("blob/path", "blob/idx", "blob/shape", "blob/psize_A")
-    if not set(needed) <= set(names) or not len(cs):
-        raise ValueError(
-            f"{path}: expected particles with {', '.join(needed)}, got {len(cs)} rows of {', '.join(names) or 'none'}; "
-            "a passthrough file has none: open the job's main particles .cs"
-        )
-    paths = (value.decode().lstrip(">") for value in cs["blob/path"])
-    table = pd.DataFrame({"rlnImageName": [f"{i + 1:06d}@{name}" for i, name in zip(cs["blob/idx"].tolist(), paths)]})
-    optics = pd.DataFrame({"rlnImagePixelSize": cs["blob/psize_A"].astype(float).round(6)})
-    optics["rlnImageSize"], optics["rlnImageDimensionality"] = cs["blob/shape"][:, 0].astype(int), 2
-    if "alignments3D/pose" in names:
-        table[ANGLES] = euler_from_rotation(Rotation.from_rotvec(cs["alignments3D/pose"].astype(float)).as_matrix())
-        scale = cs["alignments3D/psize_A" if "alignments3D/psize_A" in names else "blob/psize_A"].astype(float)
-        table[ORIGINS] = cs["alignments3D/shift"] * scale[:, None]
-    if "alignments3D/split" in names:
-        table["rlnRandomSubset"] = cs["alignments3D/split"].astype(int) + 1
-    if "ctf/accel_kv" in names:
-        for column, name in zip(DEFOCUS + ["rlnPhaseShift"], ("df1_A", "df2_A", "df_angle_rad", "phase_shift_rad")):
-            values = cs[f"ctf/{name}"].astype(float)
-            table[column] = np.rad2deg(values) if name.endswith("rad") else values
-        for column, name in zip(MICROSCOPE, ("accel_kv", "cs_mm", "amp_contrast")):
-            optics[column] = cs[f"ctf/{name}"].astype(float).round(6)
-    group = optics.groupby(list(optics.columns), sort=False).ngroup()
-    table["rlnOpticsGroup"] = group + 1
-    optics = optics[~group.duplicated()].reset_index(drop=True)
-    optics.insert(0, "rlnOpticsGroup", optics.index + 1)
-    optics.insert(0, "rlnOpticsGroupName", [f"opticsGroup{number}" for number in optics["rlnOpticsGroup"]])
-    return table, optics
-
-
-def _find_images(path: Path, references: Iterable[str], project: str | Path | None) -> Images:
-    """Find the stack and the image of every row; references are `000007@stack.mrcs`, or a file of one image."""
-    parts = [reference.split("@", 1) if "@" in reference else ("1", reference) for reference in references]
-    code, names = pd.factorize(np.array([name for _, name in parts], dtype=object))
-    numbers = pd.to_numeric(pd.Series([number for number, _ in parts]), errors="coerce")
-    index = numbers.fillna(0).to_numpy(np.int64) - 1
-    files = [StackFile.read_header(name) for name in _find_files(path, names, project)]
-    counts = np.array([file.shape[0] for file in files])[code]
-    bad = np.flatnonzero((index < 0) | (index >= counts))
-    if len(bad):
-        row, stack = bad[0], files[code[bad[0]]].path
-        raise ValueError(
-            f"{path}, particle row {row + 1}: expected an image number from 1 to {counts[row]}, as in {stack}, got "
-            f"{'@'.join(parts[row])!r} ({len(bad)} such rows); the stack was cut short, or is another's"
-        )
-    boxes = {file.shape[1:]: file.path for file in reversed(files)}
-    if len(boxes) > 1:
-        found = ", ".join(f"{h} x {w} in {name}" for (h, w), name in boxes.items())
-        raise ValueError(f"{path}: expected images of one size, got {found}; split the particles by box")
-    return Images(files, code, index)
-
-
-def _find_files(path: Path, names: Iterable[str], project: str | Path | None) -> list[str]:
-    """Find image files in the order given above; warn of those outside the project and of ambiguous ones."""
-    here = path.absolute().parent
-    roots = [os.getcwd(), str(here)] if project is None else [os.path.abspath(project)]
-    folders = roots + [str(folder) for folder in here.parents if project is None]
-    found, outside, ambiguous = [], [], []
-    for name in names:
-        places = {}
-        for folder in folders:
-            places.setdefault(os.path.normpath(os.path.join(folder, name)), folder)
-        hits = [place for place in places if os.path.isfile(place)]
-        if not hits:
-            raise FileNotFoundError(
-                f"{path}: expected {name} under one of {', '.join(folders)}, got no such file; open with project=..."
-            )
-        found.append(hits[0])
-        allowed = roots if os.path.isabs(name) else [places[hits[0]]]
-        if not any(hits[0].startswith(os.path.join(root, "")) for root in allowed):
-            outside.append(hits[0])
-        ambiguous += [f"{hits[0]} (taken) and {hit}" for hit in hits[1:] if not os.path.samefile(hit, hits[0])]
-    for files, trouble in (
-        (outside, "outside its project folder: they are read, but do not go where the project is copied"),
-        (ambiguous, "in more than one place: open with project=... to say which"),
+    flag = "rlnTomoSubTomosAre2DStacks"
+    if any(
+        (star.table(name)[flag].astype(str) == "1").any() for name in star.blocks if flag in star.blocks[name].labels
     ):
-        if files:
-            warnings.warn(f"{path}: {len(files)} image files are {trouble}; the first is {files[0]}", stacklevel=4)
-    return found
-
-
-def _require(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> None:
-    if missing := [column for column in columns if column not in table]:
-        raise ValueError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(missing)}; add them")
-
-
-def _numbers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The table in float64; ValueError names the first field that is no finite number."""
-    numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    bad = np.argwhere(~np.isfinite(numbers.to_numpy()))
-    if len(bad):
-        row, column = bad[0]
-        got = f"got {table.iloc[row, column]} ({len(bad)} such fields); correct or remove these rows"
-        raise ValueError(f"{path}, particle row {row + 1}: expected a finite {table.columns[column]}, {got}")
-    return numbers
+        return f"2D stacks of tilts ({flag} 1)"
+    if labels := [label for label in table if label.startswith("rlnTomo")]:
+        return f"subtomograms ({labels[0]})"
+    series = ["rlnGroupName", "rlnCtfBfactor", "rlnCtfScalefactor"]
+    if set(series) <= set(table) and (table[series].groupby("rlnGroupName").nunique() > 1).all(axis=1).any():
+        return "2D tilt series, as Warp and M write (rlnCtfScalefactor varies within rlnGroupName)"
+    return ""
 
 
 def _optics_rows(path: Path, table: pd.DataFrame, optics: pd.DataFrame, box: int) -> np.ndarray:
     """Return each particle's row in the optics table, after checking that the two and the box belong together."""
-    _require(path, table, ["rlnOpticsGroup"])
-    _require(path, optics, ["rlnOpticsGroup"])
-    rows = pd.Index(optics["rlnOpticsGroup"]).get_indexer(table["rlnOpticsGroup"])
+    require(path, table, ["rlnOpticsGroup"])
+    groups = numbers(path, optics[["rlnOpticsGroup"]], True, "data_optics row")["rlnOpticsGroup"].astype(int)
+    wanted = numbers(path, table[["rlnOpticsGroup"]], True)["rlnOpticsGroup"].astype(int)
+    if groups.duplicated().any():
+        raise ValueError(f"{path}: data_optics: expected each group once, got {groups.tolist()}; number them anew")
+    rows = pd.Index(groups).get_indexer(wanted)
     if (rows < 0).any():
-        row, groups = int(np.argmin(rows)), optics["rlnOpticsGroup"].tolist()
-        got = f"got {table['rlnOpticsGroup'][row]}; add it to data_optics"
-        raise ValueError(f"{path}, particle row {row + 1}: expected an optics group of {groups}, {got}")
+        row = int(np.argmin(rows))
+        got = f"got {wanted[row]}; add it to data_optics"
+        raise ValueError(f"{path}, particle row {row + 1}: expected an optics group of {groups.tolist()}, {got}")
     for column, expected in (("rlnImageDimensionality", 2), ("rlnImageSize", box)):
         if got := set(optics.iloc[np.unique(rows)].get(column, [])) - {expected}:
-            raise ValueError(f"{path}: data_optics: expected {column} {expected}, as the stacks, got {got}; correct it")
+            way = "correct it" if column == "rlnImageSize" else "3D subtomograms are not read"
+            raise ValueError(f"{path}: data_optics: expected {column} {expected}, as the stacks, got {got}; {way}")
     return rows
-
-
-def _pixel_size(path: Path, table: pd.DataFrame, optics: pd.DataFrame | None, files: list[StackFile]) -> float | None:
-    """Return the pixel size all sources agree on; a header's 0 says nothing, its 1.0 only where no other speaks."""
-    said = {}
-    for name, frame in (("data_optics", optics), ("the particles", table)):
-        if frame is not None and "rlnImagePixelSize" in frame:
-            said[f"rlnImagePixelSize of {name}"] = frame["rlnImagePixelSize"].to_numpy(float)
-    if {"rlnDetectorPixelSize", "rlnMagnification"} <= set(table):
-        ratio = table["rlnDetectorPixelSize"] / table["rlnMagnification"]
-        said["rlnDetectorPixelSize / rlnMagnification"] = 1e4 * ratio.to_numpy(float)
-    headers = np.array([file.pixel_size for file in files])
-    said["the MRC headers"] = headers[(headers > 0) & ((headers != 1.0) | (not said))]
-    said = {source: np.unique(values.round(6)) for source, values in said.items() if len(values)}
-    values = np.concatenate([*said.values(), []])
-    if len(values) and not 0 < values.max() <= values.min() * (1 + _PIXEL_TOLERANCE):
-        found = "; ".join(f"{', '.join(map(str, sizes[:5]))} by {source}" for source, sizes in said.items())
-        raise ValueError(
-            f"{path}: expected one pixel size, got (A) {found}; split the particles by it, or open with pixel_size=..."
-        )
-    return float(values[0]) if len(values) else None
 
 
 def write(
@@ -337,49 +244,69 @@ def write(
 ) -> Path:
     """Write `images` in place of those of `like`: a `.star` and the `.mrcs` beside it, or the `.mrcs` alone.
 
-    The star keeps every row, order and column of `like` to the letter, but for the image references and `columns`; from
-    a .cs file it has poses, CTF and half-sets under RELION's labels. Files appear whole or not at all.
+    The star keeps every row, order and column of `like` to the letter, but for the image references, `columns`, and a
+    pixel size that was given by hand; from a .cs file it has poses, CTF, half-sets, classes and micrographs under
+    RELION's labels, from a bare stack what its header says. Files appear whole or not at all.
 
     Parameters
     ----------
     path : ends in .star or .mrcs.
     images : `(n, h, w)`, or an iterable of batches `(m, h, w)`, written as they come: constant memory.
     like : the stack whose rows, box and pixel size these images have.
-    columns : numbers, `(n,)` of each label: more columns, or in place of those that are there.
+    columns : finite numbers, `(n,)` of each label: more columns, or in place of those that are there.
     project : the folder that RELION will be run in; None is the star's own folder.
 
     Raises
     ------
-    ValueError : another number or size of images, NaN, a name that would replace an input, no table to make a star of;
-        columns of another length, or for a .mrcs alone.
+    ValueError : another number or size of images, NaN, a name that would replace an input; columns of another length,
+        or for a .mrcs alone.
     OSError : the disk is full or not writable.
     """
     star, stack, references = _targets(path, len(like), project)
     inputs = {os.path.realpath(name) for name in (like.path, *(file.path for file in like.images.files))}
     if inputs & {os.path.realpath(stack), os.path.realpath(star)}:
         raise ValueError(f"{path}: expected a new name, got one that would replace an input; choose another")
-    columns = {label: np.asarray(values, np.float64) for label, values in (columns or {}).items()}
+    columns = {label: np.asarray(values) for label, values in (columns or {}).items()}
     for label, values in columns.items():
-        if Path(path) == stack or values.shape != (len(like),):
-            problem = f"expected a .star and {len(like)} numbers for it, one a row, got shape {values.shape}"
+        numeric = values.dtype.kind in "fiub" and np.isfinite(values).all()
+        if Path(path) == stack or values.shape != (len(like),) or not numeric:
+            got = f"shape {values.shape}" if numeric else "NaN, infinity or text"
+            problem = f"expected a .star and {len(like)} numbers for it, one a row, got {got}"
             raise ValueError(f"{path}: {label}: {problem}")
     if Path(path) == stack:
         with atomic(stack) as part:
             write_stack(part, images, like.images.shape, like.pixel_size)
         return stack
-    if like._star is None and like.optics is None:
-        raise ValueError(f"{path}: expected a like with a particle table, got {like.path}; write a .mrcs, or use new()")
     with atomic(star) as star_part, atomic(stack) as part:
         write_stack(part, images, like.images.shape, like.pixel_size)
         with open(star_part, "wb") as file:
-            if like._star is None:
-                table = like.table.assign(rlnImageName=list(references), **columns)
-                file.write(star_text({"optics": like.optics, "particles": table}))
-            else:
-                name = like._star.find("rlnImageName")
-                fields = {label: map("{:.6f}".format, values) for label, values in columns.items()}
-                file.writelines(like._star.replaced(name, {"rlnImageName": references} | fields))
+            file.writelines(_star_like(like, columns, references))
     return star
+
+
+def _star_like(like: ParticleStack, columns: Mapping[str, np.ndarray], references: Iterator[str]) -> Iterable[bytes]:
+    """The text of the star file of images in place of those of `like`."""
+    star, optics, table = like._star, like.optics, like.table
+    if like._by_hand:
+        columns = resized(table, like.pixel_size) | columns
+        sizes = {} if optics is None else resized(optics, like.pixel_size)
+    else:
+        sizes = {}
+    if star is None:
+        tables = {} if optics is None else {"optics": optics.assign(**sizes)}
+        if optics is None or not set(MICROSCOPE) <= set(optics):  # RELION takes no such groups; it does as in 3.0
+            detector = dict(zip(DETECTOR, (like.pixel_size, 1e4))) if like.pixel_size else {}
+            tables, table = {}, table.assign(**detector).drop(columns="rlnOpticsGroup", errors="ignore")
+        table = table.assign(**columns)
+        table = table.reindex(columns=["rlnImageName", *table.columns.drop("rlnImageName", errors="ignore")])
+        return [star_text(tables | {"particles": table.assign(rlnImageName=list(references))})]
+    if sizes:
+        star = Star(star.path, b"".join(star.replaced("optics", _as_text(sizes))))
+    return star.replaced(star.find("rlnImageName"), {"rlnImageName": references} | _as_text(columns))
+
+
+def _as_text(columns: Mapping[str, np.ndarray]) -> dict[str, Iterator[str]]:
+    return {label: map("{:.6f}".format, values) for label, values in columns.items()}
 
 
 def new(
@@ -406,7 +333,7 @@ def new(
     shifts : `(n, 2)` in A, how far (x, y) each projection was moved in its image; None for centred.
     voltage, spherical_aberration, amplitude_contrast : kV, mm, fraction.
     half_sets : `(n,)` of 1 and 2; None alternates them.
-    columns : more columns under RELION's labels, `(n,)` each: rlnDefocusU, rlnMicrographName, ...
+    columns : more columns, finite numbers or text, `(n,)` or one for all: rlnDefocusU, rlnMicrographName, ...
 
     Raises
     ------
@@ -424,7 +351,10 @@ def new(
     if half_sets.shape != (n,) or not np.isin(half_sets, (1, 2)).all():
         raise ValueError(f"half_sets: expected {n} values of 1 or 2, got {half_sets.size} of {np.unique(half_sets)}")
     table[ORIGINS] = 0.0 - shifts
-    table = table.assign(rlnRandomSubset=half_sets.astype(int), rlnOpticsGroup=1, **(columns or {}))
+    for label, values in (columns := {label: np.asarray(values) for label, values in (columns or {}).items()}).items():
+        if values.shape not in ((), (n,)) or (values.dtype.kind == "f" and not np.isfinite(values).all()):
+            raise ValueError(f"{label}: expected {n} finite numbers or texts, got shape {values.shape}, or NaN in it")
+    table = table.assign(**{"rlnRandomSubset": half_sets.astype(int), "rlnOpticsGroup": 1} | columns)
     table.insert(0, "rlnImageName", list(references))
     optics = {"rlnOpticsGroupName": "opticsGroup1", "rlnOpticsGroup": 1, "rlnImageDimensionality": 2}
     optics["rlnImagePixelSize"] = checks.number("pixel_size", pixel_size, above=0.0)
@@ -442,10 +372,14 @@ def new(
 def _targets(path: str | Path, n: int, project: str | Path | None) -> tuple[Path, Path, Iterator[str]]:
     path = Path(path)
     checks.choice(f"{path}: file type", path.suffix, (".star", ".mrcs"))
-    stack = path.with_suffix(".mrcs")
-    name = os.path.relpath(stack, path.parent if project is None else project)
-    if re.search(r"[\s@\"]", name):
-        raise ValueError(f"{path}: expected a name RELION can read, got blanks, @ or quotes in {name!r}; rename it")
+    stack, folder = path.with_suffix(".mrcs"), os.path.realpath(path.parent)  # RELION takes .. where links lead
+    name = os.path.relpath(
+        os.path.join(folder, stack.name), os.path.realpath(path.parent if project is None else project)
+    )
+    if re.search(r"[\s@\"#:]", name):
+        raise ValueError(
+            f"{path}: expected a name RELION can read, got blanks, @, #, : or quotes in {name!r}; rename it"
+        )
     return path.with_suffix(".star"), stack, _references(name, n)
 
 

@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from cryo_lib.files import foreign
+
 _BLOCK = re.compile(rb"^[^\S\n]*data_(\S*)[^\S\n]*(?:#.*)?$", re.MULTILINE)  # a row may begin with data_..., too
 _GAP = rb"\s*(?:#.*\n\s*)*"  # blank lines and comments
 _LOOP = re.compile(_GAP + rb"loop_.*\n((?:" + _GAP + rb"_.*\n)+)\s*")
@@ -48,12 +50,14 @@ class Star:
 
     Raises
     ------
-    ValueError : two blocks of one name.
+    ValueError : another kind of file, two blocks of one name.
     """
 
     def __init__(self, path: str | Path, text: bytes | None = None) -> None:
         self.path, self.blocks = Path(path), {}
         text = self.path.read_bytes() if text is None else text
+        if what := foreign(text[:64]):
+            raise ValueError(f"{self.path}: expected a star file, got {what}")
         self.text = text = text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
         marks = list(_BLOCK.finditer(text))
         for mark, end in zip(marks, [mark.start() for mark in marks[1:]] + [len(text)]):
@@ -100,15 +104,20 @@ class Star:
             raise ValueError(f"{where}: expected distinct columns and rows, got {found}; correct the file")
         rows.seek(0)
         texts = [label for label in labels if label.endswith("Name")]
-        table = pd.read_csv(
-            rows,
-            sep=r"\s+",
-            names=labels,
-            dtype=dict.fromkeys(texts, str),
-            keep_default_na=False,
-            na_values={label: ["nan", "-nan", "NaN"] for label in labels if label not in texts},
-            encoding_errors="replace",
-        )
+        try:
+            table = pd.read_csv(
+                rows,
+                sep=r"\s+",
+                names=labels,
+                dtype=dict.fromkeys(texts, str),
+                keep_default_na=False,
+                na_values={label: ["nan", "-nan", "NaN"] for label in labels if label not in texts},
+                encoding_errors="replace",
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: expected {count} rows, got ones that cannot be read ({error}); mend it"
+            ) from error
         if len(table) != count:
             raise ValueError(
                 f"{where}: expected {count} rows, got {len(table)}: it has control characters; remove them"
@@ -169,10 +178,28 @@ def _plain(row: bytes, where: str) -> tuple[int, bytes]:
 
 
 def text(tables: Mapping[str, pd.DataFrame]) -> bytes:
-    """The text of a star file of these tables, as RELION writes it: the same tables give the same bytes."""
+    """The text of a star file of these tables, as RELION writes it: the same tables give the same bytes.
+
+    ValueError for what would not be read as it was: no text (None), line ends, both kinds of quotes in one field.
+    """
     parts = []
     for name, table in tables.items():
         labels = "".join(f"_{label} #{number}\n" for number, label in enumerate(table.columns, 1))
-        rows = table.to_csv(sep=" ", header=False, index=False, float_format="%.6f", lineterminator="\n", na_rep="nan")
+        columns = [_fields(f"data_{name}: {label}", column) for label, column in table.items()]
+        rows = "".join(f"{' '.join(row)}\n" for row in zip(*columns))
         parts.append(f"\n# version 30001\n\ndata_{name}\n\nloop_\n{labels}{rows}\n")
     return "".join(parts).encode()
+
+
+def _fields(where: str, column: pd.Series) -> list[str]:
+    if column.dtype.kind in "fiub":
+        return list(map(("{:.6f}" if column.dtype.kind == "f" else "{}").format, column))
+    fields = []
+    for row, value in enumerate(column, 1):
+        quote = next((quote for quote in "\"'" if quote not in str(value)), None)
+        if not isinstance(value, str | int) or re.search(r"[\x00-\x08\x0a-\x1f]", str(value)) or quote is None:
+            problem = "expected text of one line, with one kind of quotes at most"
+            raise ValueError(f"{where}, row {row}: {problem}, got {value!r}; name it otherwise")
+        plain = re.fullmatch(r"""(?!_|data_|loop_)[^\s"'#]\S*""", str(value))
+        fields.append(str(value) if plain else f"{quote}{value}{quote}")
+    return fields

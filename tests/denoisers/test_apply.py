@@ -1,5 +1,6 @@
 """A stack on disk goes through a network in batches, and RELION opens what comes out."""
 
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from cryo_lib.denoisers import apply
+from cryo_lib.denoisers.ofstack import OfStack
 from cryo_lib.networks import models
-from cryo_lib.simulate import noise, projection
+from cryo_lib.simulate import noise, projection, standin
+from cryo_lib.simulate.ctf import phase_flip
 from cryo_lib.stacks import particles
 
 
@@ -54,6 +57,28 @@ def test_numbers_become_columns_of_the_star_and_nothing_else_has_room_for_them(s
     for name, values in (("e.star", evidence[1:]), ("e.mrcs", evidence)):
         with pytest.raises(ValueError, match=f"{name}: new: expected a .star and 7 numbers for it, one a row, got"):
             apply.denoise_stack(network(), stack[0], tmp_path / name, columns={"new": values})
+
+
+def test_a_project_is_where_references_start_in_and_out(tmp_path):
+    """As RELION has it: the star below the project, images relative to the project."""
+    y = np.random.default_rng(0).normal(size=(3, 32, 32)).astype(np.float32)
+    source = tmp_path / "Extract" / "job001" / "x.star"
+    particles.new(source, y, projection.random_rotations(3, 0), 6.4, project=tmp_path)
+    out = apply.denoise_stack(lambda y: 2 * y, source, tmp_path / "Denoise" / "d.star", project=tmp_path)
+    written = particles.ParticleStack.open(out, project=tmp_path)
+    np.testing.assert_allclose(written.images[:], 2 * y)
+    assert written.table["rlnImageName"][0] == "000001@Denoise/d.mrcs"
+
+
+def test_a_pixel_size_by_hand_is_written_so_that_the_stack_opens_again(stack, tmp_path):
+    path, _ = stack
+    wrong = tmp_path / "wrong.star"
+    wrong.write_text(path.read_text().replace("6.400000", "1.000000"))
+    with pytest.raises(ValueError, match="expected one pixel size"):
+        particles.ParticleStack.open(wrong)
+    opened = particles.ParticleStack.open(wrong, pixel_size=6.4)
+    denoise = apply.fit(Seen(), CARD, opened, contrast="bright")
+    assert particles.ParticleStack.open(apply.denoise_stack(denoise, opened, tmp_path / "d.star")).pixel_size == 6.4
 
 
 def test_any_function_of_images_is_a_denoiser(stack, tmp_path):
@@ -179,7 +204,7 @@ def test_what_a_card_or_a_stack_does_not_say_is_asked_for(tmp_path):
         apply.fit(Seen(), CARD, stack, resize="yes")
     silent = particles.ParticleStack.open(particles.write(tmp_path / "s.mrcs", stack.images, stack))
     object.__setattr__(silent, "pixel_size", None)
-    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, .* 6.4 A, got none; open with pixel_size"):
+    with pytest.raises(ValueError, match="s.mrcs: expected a pixel size, got none; open it with pixel_size"):
         apply.fit(Seen(), CARD, silent)
 
 
@@ -217,6 +242,72 @@ def test_every_real_file_is_denoised(name, contrast, pixel_size, tmp_path):
     assert np.isfinite(written.images[:]).all()
     if out.suffix == ".star":
         assert written.table.drop(columns="rlnImageName").equals(stack.table.drop(columns="rlnImageName"))
+
+
+class Rows(OfStack):
+    """Adds to each image the number of its row."""
+
+    def __call__(self, images, rows=slice(None)):
+        return images + np.arange(len(self.stack), dtype=np.float32)[rows][:, None, None]
+
+
+def test_a_denoiser_of_the_stack_is_told_the_rows_of_each_half_set_too(stack, tmp_path):
+    opened = particles.ParticleStack.open(stack[0])
+    of = Rows(opened, 32, 6.4, "bright")
+    expected = stack[1] + np.arange(7, dtype=np.float32)[:, None, None]
+    for model in (of, {0: of}, {1: of, 2: of}):
+        written = apply.denoise_stack(model, opened, tmp_path / "d.star", batch_size=3)
+        np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
+
+
+def test_what_watches_sees_each_batch_and_fills_columns_that_are_written(stack, tmp_path):
+    column, seen = np.zeros(7), []
+
+    def watch(rows, x_hat):
+        seen.append((rows.start, rows.stop))
+        column[rows] = x_hat.mean(axis=(1, 2))
+
+    given = {"columns": {"rlnParticleSelectZScore": column}, "watch": watch, "batch_size": 3}
+    written = apply.denoise_stack(lambda y: 2 * y, stack[0], tmp_path / "d.star", **given)
+    assert seen == [(0, 3), (3, 6), (6, 7)]
+    table = particles.ParticleStack.open(written).table
+    np.testing.assert_allclose(table["rlnParticleSelectZScore"], 2 * stack[1].mean(axis=(1, 2)), atol=1e-5)
+
+
+def test_references_are_relative_to_the_project(stack, tmp_path):
+    written = apply.denoise_stack(lambda y: y, stack[0], tmp_path / "job/d.star", project=tmp_path)
+    table = particles.ParticleStack.open(written, project=tmp_path).table
+    assert table["rlnImageName"].str.endswith("@job/d.mrcs").all()
+
+
+def test_a_network_of_flipped_phases_sees_them_flipped_and_no_other_does(tmp_path):
+    """The card says it; without a CTF such a network is refused."""
+    table = standin.microscope(20, 0)
+    y = np.random.default_rng(0).standard_normal((20, 32, 32)).astype(np.float32)
+    given = {"spherical_aberration": 2.0, "columns": {label: table[label] for label in particles.DEFOCUS}}
+    stack = particles.ParticleStack.open(
+        particles.new(tmp_path / "p.star", y, projection.random_rotations(20, 0), 6.4, **given)
+    )
+    flipped = phase_flip(y, stack.ctf, 6.4)
+    rows = np.array([3, 11])
+    for card, expected in ((CARD, y), (CARD | {"phase_flipped": False}, y), (CARD | {"phase_flipped": True}, flipped)):
+        model = Seen()
+        apply.fit(model, card, stack, contrast="bright")(y[rows], rows)
+        np.testing.assert_allclose(model.last, 0.1 + 0.5 * noise.standardise(expected[rows], 6.4, 32, 6.4), atol=1e-5)
+    bare = dataclasses.replace(stack, table=stack.table.drop(columns="rlnDefocusU"))
+    with pytest.raises(ValueError, match="expected a CTF, since this network was trained on images whose phases were"):
+        apply.fit(Seen(), CARD | {"phase_flipped": True}, bare, contrast="bright")
+
+
+def test_checkpoints_become_one_network_or_one_for_each_half_set(stack, tmp_path):
+    opened = particles.ParticleStack.open(stack[0])
+    card = CARD | {"architecture": "resnet", "width": 4}
+    files = [models.save(tmp_path / f"{i}.safetensors", network(), card) for i in (1, 2)]
+    for some, halves in ((files[:1], {0}), (files, {1, 2})):
+        made = apply.of_checkpoints(some, opened, "cpu", contrast="bright")
+        assert set(made) == halves and all(each.n == 32 for each in made.values())
+        assert next(iter(made.values())).facts["architecture"] == "resnet"
+        apply.denoise_stack(made, opened, tmp_path / "d.star")
 
 
 def test_progress_is_printed(stack, tmp_path, monkeypatch, capsys):

@@ -14,6 +14,7 @@ from cryo_lib.denoisers.templates import directions
 from cryo_lib.evaluate.metrics import psnr
 from cryo_lib.simulate.ctf import ctf
 from cryo_lib.simulate.projection import project, random_rotations, rescale
+from cryo_lib.simulate.standin import microscope
 from tests.simulate.blobs import Blobs
 
 N = 32
@@ -343,7 +344,9 @@ def test_the_temperature_is_that_of_the_least_loss_and_references_are_summed_onc
     assert chosen == (1.0, 3.0, 9.0)[int(np.argmin(losses))]
 
 
-@pytest.mark.parametrize("change", [lambda y: 10 * y, lambda y: y + 5, lambda y: -y, lambda y: 0.02 * y])
+@pytest.mark.parametrize(
+    "change", [lambda y: 10 * y, lambda y: y + 5, lambda y: -y, lambda y: 0.02 * y, lambda y: 1 - y]
+)
 def test_another_grey_scale_is_named(world, change):
     volumes, _, references, x, *_ = world
     y = change(noisy(x, 0.1))
@@ -351,6 +354,16 @@ def test_another_grey_scale_is_named(world, change):
     for work in (lambda: posterior_mean(y, references, sigma), lambda: posterior_map(y, volumes, sigma, coarse=50)):
         with pytest.raises(ValueError, match="y: expected images on the grey scale of the references, got a median"):
             work()
+
+
+def test_inverted_images_are_named_through_a_ctf_and_an_offset_of_others_is_not_taken_for_it(world):
+    volumes, _, _, x, *_ = world
+    transfer = ctf(microscope(len(x), 0), N, 8.0)
+    y = noisy(fft.irfft2(fft.rfft2(x) * transfer, s=x.shape[1:]), 0.1)
+    given = {"transfer": transfer, "spectrum": np.linspace(1.5, 0.5, N // 2 + 1), "coarse": 50}
+    with pytest.raises(ValueError, match="times their mean, beside an offset, of which"):
+        posterior_map(0.16 - y, volumes, 0.1, **given)
+    assert np.isfinite(posterior_map(y + 0.02, volumes, 0.1, **given).x_hat).all()
 
 
 def test_contaminated_stacks_and_strong_noise_are_on_the_grey_scale(world):

@@ -58,6 +58,18 @@ def test_shifts_are_undone_and_a_finer_larger_box_is_brought_to_the_maps(screene
     assert np.mean(without < found) > 0.8
 
 
+def test_a_map_is_what_its_inscribed_sphere_holds_whatever_the_level_around_it():
+    rng = np.random.default_rng(0)
+    volume = rng.standard_normal((32, 32, 32)).astype(np.float32)
+    axis = np.linspace(-1, 1, 32)
+    radius = np.sqrt((axis**2)[:, None, None] + (axis**2)[:, None] + axis**2)
+    cut = screening.in_sphere(volume)
+    assert not cut[radius > 1].any()
+    inside = radius < 0.9
+    np.testing.assert_allclose(cut[inside], volume[inside] - volume[radius > 1].mean(), atol=1e-5)
+    np.testing.assert_allclose(screening.in_sphere(volume + 7), cut, atol=1e-4)
+
+
 def test_the_spectrum_of_white_noise_is_flat_and_of_coloured_noise_its_own():
     white = np.random.default_rng(0).standard_normal((400, 48, 48)).astype(np.float32)
     np.testing.assert_allclose(screening.background_spectrum(white), 1, atol=0.15)

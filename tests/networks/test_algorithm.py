@@ -173,6 +173,18 @@ def test_batch_norm_statistics_are_those_of_the_present_weights():
     assert (training_mode - eval_mode).abs().mean() < 0.02 * training_mode.std()
 
 
+def test_a_state_that_is_cut_or_anothers_is_named_with_the_way_out(tmp_path):
+    path, other = tmp_path / "state.pt", tmp_path / "other.pt"
+    trainer().save_state(path)
+    trainer("l1_ae").save_state(other)
+    good = path.read_bytes()
+    for content in (good[:-99], good[:9], b"", other.read_bytes(), b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="state.pt: expected the state of this training.*delete it") as caught:
+            trainer().load_state(path)
+        assert "weights_only" not in str(caught.value)
+
+
 def test_a_resumed_training_makes_only_the_steps_that_are_left(tmp_path):
     """Stopped at its second line of metrics, a training goes on from there and ends where an uninterrupted one does."""
     counts, ends = [], []

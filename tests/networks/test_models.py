@@ -128,6 +128,18 @@ def test_bad_checkpoints_are_named(tmp_path):
     )
     with pytest.raises(ValueError, match="weights and card do not fit together"):
         models.load(path)
+    good = path.read_bytes()
+    for content, got in (
+        (good[:-9], "a damaged file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"g.safetensors: expected weights as safetensors, got {got}"):
+            models.load(path)
+    card = path.with_suffix(".json")
+    card.write_text(card.read_text()[:-5])
+    with pytest.raises(ValueError, match="g.json: expected a JSON file, got a damaged one, or one cut short .*copy it"):
+        models.load(path)
     models.save(path, models.ResNetGenerator(32, 4), {"architecture": "resnet", "width": 4})
     with pytest.raises(ValueError, match="its card has no 'image_size'"):
         models.load(path)

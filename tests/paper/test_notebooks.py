@@ -66,6 +66,53 @@ def test_unknown_and_mistyped_parameters_are_refused_before_anything_runs(notebo
     assert not (notebook.parent / "out.ipynb").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["a #1.star", "a: b.star", "[a].star", "{a}.star", "5", "true", "null", "", "'a'", "*x"]
+)
+def test_text_on_the_command_line_is_the_text_it_is(notebook, capsys, text):
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells[-1].source = "print(repr(name))"
+    nbformat.write(cells, notebook)
+    assert notebooks.main(["script", str(notebook), "-p", "name", text]) == 0
+    assert capsys.readouterr().out.strip() == repr(text)
+
+
+def test_text_goes_through_papermill_as_it_is(notebook, capfd):
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells[-1].source = "print(name)"
+    nbformat.write(cells, notebook)
+    text = "[a] #1: 'b' {c} \"d\" \\e.star"
+    assert notebooks.main(["run", str(notebook), str(notebook.parent / "out.ipynb"), "-p", "name", text]) == 0
+    assert text in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("rate", "1e-3", 1e-3),
+        ("rate", "2", 2.0),
+        ("n", "7", 7),
+        ("n", "[1", "expected YAML, got"),
+        ("n", "1.5", "expects int"),
+    ],
+)
+def test_the_declared_type_reads_the_value(notebook, capsys, name, text, expected):
+    code = notebooks.main(["script", str(notebook), "-p", name, text])
+    if isinstance(expected, str):
+        assert code == 1 and expected in capsys.readouterr().err
+    else:
+        assert code == 0 and notebooks.value_of(name, text, {"rate": 0.5, "n": 1}[name]) == expected
+
+
+def test_a_parameter_file_that_is_none_is_named(notebook, capsys):
+    path = notebook.parent / "params.yaml"
+    command = ["script", str(notebook), "-s", "s", "--params", str(path)]
+    for content, said in ((None, "expected the file"), ("s: [", "expected YAML"), ("words", "no section 's'")):
+        if content:
+            path.write_text(content)
+        assert notebooks.main(command) == 1 and said in capsys.readouterr().err
+
+
 def test_with_a_section_no_parameter_may_be_missing(notebook, capsys):
     params = notebook.parent / "params.yaml"
     params.write_text("s: {n: 1, rate: 0.5}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cryo_lib.denoisers import apply, screening
+from cryo_lib.denoisers import apply, inspection, screening
 from cryo_lib.denoisers.posterior import posterior_mean
 from cryo_lib.denoisers.summing import noise_level
 from cryo_lib.evaluate import reconstruction
@@ -167,7 +168,7 @@ def test_the_ci_scale_makes_every_output(ci_run):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     made = made.replace("${weights.weights_method}", "beta_05_05_l1")
                     assert (ci_run / made).exists(), made
-    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 12 + 7 + 2 + 8 + 2 + 2 + 8
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 8 + 2 + 2 + 2 + 8
 
 
 def test_a_second_run_is_up_to_date(ci_run):
@@ -177,7 +178,7 @@ def test_a_second_run_is_up_to_date(ci_run):
 
 
 def stages_run(done: subprocess.CompletedProcess) -> set[str]:
-    return {line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")}
+    return set(re.findall(r"Running stage '([^']+)'", done.stdout))
 
 
 def test_what_changes_no_code_reruns_only_the_export(ci_run):
@@ -238,7 +239,7 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
     folder = copied(ci_run, tmp_path / "gap")
     next((folder / "runs/ci/table1").rglob("generator.safetensors")).unlink()
     done = run_notebook(folder, "04")
-    assert done.returncode == 1 and "1 of 20 runs are missing, the first runs/ci/table1" in done.stderr
+    assert done.returncode == 1 and "1 of 22 runs are missing, the first runs/ci/table1" in done.stderr
 
 
 def test_exported_stacks_are_new_images_with_their_poses(ci_run):
@@ -293,7 +294,7 @@ def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_bo
     stack = particles.ParticleStack.open(ci_run / "data/ci/particles/particles.star")
     for name, study, suffixes in (("figure4", "figure4", ("", "")), ("halves", "figure4_halves", ("-half1", "-half2"))):
         denoised = particles.ParticleStack.open(ci_run / f"denoised_particles/ci/{name}/beta_05_05_l1.star")
-        kept = denoised.table.drop(columns=["rlnImageName", screening.LABEL])
+        kept = denoised.table.drop(columns=["rlnImageName", screening.LABEL, inspection.LABEL])
         assert kept.equals(stack.table.drop(columns="rlnImageName"))
         for half, suffix in zip((1, 2), suffixes):
             rows = np.flatnonzero(stack.half_sets == half)[:5]
@@ -385,7 +386,7 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     denoised = particles.ParticleStack.open(folder / "out/my.star", project=folder / "out")
     assert denoised.images.shape == (120, 76, 76) and denoised.table["rlnDefocusU"].nunique() == 2
     outputs = [o for c in nbformat.read(folder / "out.ipynb", as_version=4).cells for o in c.get("outputs", [])]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 6
 
 
 @needs_relion

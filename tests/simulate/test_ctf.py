@@ -9,6 +9,7 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.fft
 
 from cryo_lib.simulate import ctf, projection
 from cryo_lib.stacks import mrc, particles
@@ -65,6 +66,23 @@ def test_ctf_agrees_with_relions_to_numerical_precision(tmp_path):
     assert np.abs(theirs - without).max() > 0.5 * np.abs(without).max()
     ours = ctf.apply_ctf(without, particles.ParticleStack.open(path).ctf, pixel_size)
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_flipped_phases_make_of_a_ctf_its_absolute_value():
+    """Exactly, in whole batches, whatever the side, below Nyquist, which has no direction; twice, nothing changes."""
+    for n in (32, 33):
+        parameters = microscope(300, 0).iloc[::100]
+        x = np.random.default_rng(0).standard_normal((3, n, n)).astype(np.float32)
+        below = (abs(scipy.fft.fftfreq(n))[:, None] < 0.5) & (scipy.fft.rfftfreq(n) < 0.5)
+        x = scipy.fft.irfft2(scipy.fft.rfft2(x) * below, s=(n, n))
+        transfer = ctf.ctf(parameters, n, 4.0)
+        assert (transfer < 0).any(axis=(1, 2)).all()
+        flipped = ctf.phase_flip(ctf.apply_ctf(x, parameters, 4.0), parameters, 4.0)
+        expected = scipy.fft.irfft2(scipy.fft.rfft2(x) * np.abs(transfer), s=(n, n))
+        np.testing.assert_allclose(flipped, expected, atol=1e-5)
+        np.testing.assert_allclose(ctf.phase_flip(ctf.phase_flip(x, parameters, 4.0), parameters, 4.0), x, atol=1e-5)
+        power = [np.square(np.abs(scipy.fft.rfft2(each))) for each in (x, ctf.phase_flip(x, parameters, 4.0))]
+        np.testing.assert_allclose(*power, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,23 @@ import gemmi
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
-from scipy.spatial.transform import Rotation
 
 from cryo_lib.simulate import density, structures
-from cryo_lib.simulate.atoms import Atoms, centred, with_positions
+from cryo_lib.simulate.atoms import centred, with_positions
+from cryo_lib.simulate.domains import core_and_clamp
+from tests.simulate.helices import (
+    AWAY,
+    AXIS,
+    TURN,
+    helices,
+    moved,
+    one_chain,
+    peptide,
+    positions,
+    renumbered,
+    sequenced,
+    toy,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 RNAP = SHARED / "data" / "rnap"
@@ -30,10 +43,6 @@ def bond_lengths(structure):
         number = np.array([residue.seqid.num for residue in chain])
         lengths.append(np.linalg.norm(np.diff(ca, axis=0), axis=1)[np.diff(number) == 1])
     return np.concatenate(lengths)
-
-
-def positions(structure):
-    return Atoms.of(structure).xyz
 
 
 def ca_of(structure, chain, first=0, stop=10_000):
@@ -53,54 +62,6 @@ def rnap():
     closed = structures.read(RNAP / "5uh6.pdb.gz", structures.CHAINS)
     open_ = structures.read(RNAP / "6fbv.pdb.gz", structures.CHAINS)
     return closed, open_, structures.morph(closed, open_, 5)
-
-
-def helices(**starts):
-    """Chains of upright helices of 12 alanines that begin at `starts`; residue numbers jump from helix to helix."""
-    structure = gemmi.Structure()
-    structure.add_model(gemmi.Model(1))
-    places = (("N", 1.5, -28, -0.9), ("CA", 2.3, 0, 0.0), ("C", 1.7, 27, 1.1), ("O", 2.0, 20, 2.3))
-    for name, corners in starts.items():
-        chain = gemmi.Chain(name)
-        for helix, k in np.ndindex(len(corners), 12):
-            residue = gemmi.Residue()
-            residue.name, residue.entity_type = "ALA", gemmi.EntityType.Polymer
-            residue.seqid = gemmi.SeqId(100 * helix + k + 1, " ")
-            for atom_name, radius, turn, z in places:
-                angle = np.radians(100 * k + turn)
-                atom = gemmi.Atom()
-                atom.name, atom.element = atom_name, gemmi.Element(atom_name[0])
-                offset = np.array([radius * np.cos(angle), radius * np.sin(angle), 1.5 * k + z])
-                atom.pos = gemmi.Position(*(corners[helix] + offset))
-                residue.add_atom(atom)
-            chain.add_residue(residue)
-        structure[0].add_chain(chain)
-    structure.setup_entities()
-    return structure
-
-
-def peptide(name="C"):
-    return helices(**{name: [(0, 0, 0)]})
-
-
-def moved(structure, rotation, shift, chains=None):
-    """The structure, or these of its chains, rotated about the origin, then shifted."""
-    chain = np.array([site.chain.name for site in structure[0].all()])
-    xyz, which = positions(structure), np.isin(chain, chains or list(set(chain)))
-    xyz[which] = rotation.apply(xyz[which]) + shift
-    return with_positions(structure, xyz)
-
-
-HINGE, AXIS = np.array([10.0, 25.0, 0.0]), np.array([0.36, 0.48, 0.8])
-TURN, RISE = np.radians(20) * AXIS, 3.0 * AXIS
-AWAY = Rotation.from_euler("ZYZ", [50, 80, 20], degrees=True), np.array([30.0, -9.0, 4.0])
-
-
-def toy(fraction):
-    """A core C and, out of its reach, a clamp D moved by a share of a known screw: `TURN` about `HINGE`, and `RISE`."""
-    core, clamp = ([(x, y, 0) for x in (0, 10, 20) for y in ys] for ys in ((0, 10), (40, 50, 60)))
-    turn = Rotation.from_rotvec(fraction * TURN)
-    return moved(helices(C=core, D=clamp), turn, HINGE - turn.apply(HINGE) + fraction * RISE, ["D"])
 
 
 # --- reading and writing ---------------------------------------------------------------------------------------------
@@ -136,6 +97,17 @@ def test_only_the_first_altloc_and_model_and_the_protein_are_read(tmp_path):
     structure = structures.read(path)
     assert len(structure) == 1
     assert positions(structure).tolist() == [[0, 0, 0], [3.8, 0, 0]]
+
+
+def test_files_of_molecular_dynamics_without_elements_and_chain_names_are_read(tmp_path):
+    """Names from the 13th column on, as CHARMM writes them: CA reads as calcium there, HG as mercury, NE as neon."""
+    names = "N HN CA HA CB CG CD NE HE CZ C OT1 OT2".split()
+    line = "ATOM  {:5d} {:4} ARG  {:4d}    {:8.3f}{:8.3f}{:8.3f}  1.00 20.00      4AKE\n".format
+    atoms = [line(k, name, 1 + k // 13, 1.5 * k, 0, 0) for k, name in enumerate(3 * names)]
+    (tmp_path / "md.pdb").write_text("".join(atoms) + "END\n")
+    structure = structures.read(tmp_path / "md.pdb", ["A"])
+    found = [(site.atom.name, site.atom.element.name) for site in structure[0].all()]
+    assert found == 3 * [(name, name[0]) for name in names if name[0] != "H"]
 
 
 def test_read_names_the_chains_that_are_there(tmp_path):
@@ -293,6 +265,14 @@ def test_residues_that_only_the_closed_structure_has_move_with_their_neighbours(
     assert np.abs(positions(carried) - positions(toy(1))).max() < 0.01
 
 
+def test_a_chain_of_few_residues_is_carried_too():
+    """Eighteen residues in both structures, fewer than the neighbours that a lost stretch else moves with."""
+    closed, opened = (sequenced(helices(C=[(0, 0, 0), (10, 0, 0)]), C=1) for _ in range(2))
+    del opened[0]["C"][3:9]
+    carried = structures.morph(closed, opened, 2, core_chain="C:1-12", clamp_chain="C:101-112")[-1]
+    assert np.abs(positions(carried) - positions(closed)).max() < 0.01
+
+
 @needs_rnap
 def test_the_real_clamp_turns_18_8_degrees_and_in_equal_steps(rnap):
     closed, open_, path = rnap
@@ -349,12 +329,27 @@ def test_prepare_from_files_gives_centred_conformations_of_the_chains_named(tmp_
     with pytest.raises(ValueError, match="closed.pdb: expected chains C, X, got a structure without X"):
         structures.prepare("files", 2, closed_file=closed, open_file=opened, chains=["C", "X"])
     core = structures.write(peptide(), tmp_path / "core.cif")
-    with pytest.raises(ValueError, match="core.cif: expected chains C, D, got a structure without D; .* chains are C"):
+    with pytest.raises(ValueError, match=r"chain C of closed \(72 residues\): expected .* in core, got C \(12"):
         structures.prepare("files", 2, closed_file=closed, open_file=core, chains=["C", "D"])
     with pytest.raises(ValueError, match="source: expected one of phantom, pdb, files, got 'rcsb'"):
         structures.prepare("rcsb")
     with pytest.raises(ValueError, match="open_file: source 'files' needs the path of a coordinate file, got None"):
         structures.prepare("files", closed_file="closed.pdb")
+
+
+def test_a_hinge_within_one_chain_of_another_name_is_opened(tmp_path):
+    """Core and clamp in one chain; in the open file it has another name and other numbers, and lacks its first turn."""
+    closed, opened = (sequenced(one_chain(x), C=1) for x in (toy(0), moved(toy(1), *AWAY)))
+    renumbered(opened, 7)[0]["C"].name = "X"
+    del opened[0]["X"][:4]
+    files = {"closed_file": structures.write(closed, tmp_path / "closed.pdb")}
+    files["open_file"] = structures.write(opened, tmp_path / "open.cif")
+    made = structures.prepare("files", 3, **files, chains=["C"], core_chain="C", clamp_chain="C")
+    core, clamp = core_and_clamp(made[0], made[-1], "C", "C")
+    angles = [structures.clamp_angle(made[0], structure, core, clamp) for structure in made]
+    np.testing.assert_allclose(angles, [0, 10, 20], atol=0.05)
+    view = structures.cleft_view(made[0], made[-1], core, clamp)
+    np.testing.assert_allclose(view @ view.T, np.eye(3), atol=1e-9)
 
 
 def test_a_lopsided_structure_fits_the_smallest_box_that_can_hold_it():

@@ -353,7 +353,6 @@ def test_mixed_optics_are_refused_and_unused_or_equal_ones_are_not(tmp_path):
 
 def test_optics_group_that_is_not_there(tmp_path):
     refused(make_particles(tmp_path, 2, "1@s.mrcs 1\n2@s.mrcs 7\n"), "particle row 2", "optics group of [1], got 7")
-    refused(make_star(tmp_path / "x.star", "1@s.mrcs\n", "rlnImageName"), "got no rlnOpticsGroup")
     listed = make_star(tmp_path / "y.star", "1@s.mrcs 1\n")
     listed.write_text(listed.read_text().replace("loop_\n", "", 1))
     refused(listed, "expected data_optics as a table, got no loop_", "write it as RELION does")
@@ -443,7 +442,7 @@ def test_stack_cut_after_opening_is_an_error_not_a_crash(tmp_path):
     path = make_stack(tmp_path / "x.mrcs", make_images(3))
     images = ParticleStack.open(path).images
     os.truncate(path, 1500)
-    with pytest.raises(ValueError, match="greater than file size"):
+    with pytest.raises(ValueError, match=r"x\.mrcs: expected 3 images, as when it was opened, got a shorter file"):
         images[0]
 
 
@@ -479,7 +478,7 @@ def test_bad_cs_files(tmp_path):
 AWKWARD = """# a comment
 data_general
 
-_rlnTomoSubTomosAre2DStacks                       1
+_rlnTomoSubTomosAre2DStacks                       0
 
 # version 50001
 
@@ -652,9 +651,9 @@ def test_inputs_are_never_replaced_and_names_are_checked(tmp_path):
         particles.write(tmp_path / "y.mrc", like.images, like)
     with pytest.raises(ValueError, match="a name RELION can read, got blanks"):
         particles.write(tmp_path / "a b.star", like.images, like)
-    bare = ParticleStack.open(tmp_path / "s.mrcs")
-    with pytest.raises(ValueError, match=r"y\.star: expected a like with a particle table.*write a \.mrcs"):
-        particles.write(tmp_path / "y.star", like.images, bare)
+    for name in ("a#b", "a:b", "a@b", 'a"b'):  # RELION takes what follows for a format
+        with pytest.raises(ValueError, match="a name RELION can read"):
+            particles.write(tmp_path / f"{name}.star", like.images, like)
 
 
 def test_references_can_be_relative_to_a_project(tmp_path):

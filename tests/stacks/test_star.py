@@ -118,6 +118,22 @@ def test_written_tables_are_read_back_by_us_and_by_starfile(tmp_path):
         pd.testing.assert_frame_equal(theirs[name], expected, check_dtype=False)
 
 
+@pytest.mark.parametrize(
+    "value", ["a", "", "a b", "it's", "'a", 'say "a"', '"', "#1", "a#1", "_a", "None", " ", "é", "x\ty"]
+)
+def test_text_that_is_written_is_read_as_it_was(tmp_path, value):
+    table = pd.DataFrame({"rlnMicrographName": [value, "b"], "rlnDefocusU": [1.5, 2.5], "rlnOtherName": ["c", value]})
+    path = tmp_path / "x.star"
+    path.write_bytes(text({"particles": table}))
+    pd.testing.assert_frame_equal(Star(path).table("particles"), table, check_dtype=False)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "a\nb", "a\rb", "\"'", "a\0", 1.5j])
+def test_text_that_would_be_read_as_another_is_refused(value):
+    with pytest.raises(ValueError, match="data_particles: rlnMicrographName, row 2: expected text of one line"):
+        text({"particles": pd.DataFrame({"rlnMicrographName": ["a", value]}, dtype=object)})
+
+
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"the cases {CASES} are not there")
 def test_every_case_is_read_or_refused():
     rows = {"fractional_number": 2, "relion5_2dstacks": 3, "subtomograms": 3}

@@ -1,0 +1,43 @@
+"""Bad inputs are read as they should be, or refused by an error of this library that says what and the way out."""
+
+from collections import Counter
+
+import pytest
+
+from benchmarks import bad_inputs, reliability
+from benchmarks.bad_inputs import Input
+
+
+@pytest.mark.parametrize("family", bad_inputs.FAMILIES, ids=lambda family: family.__name__)
+def test_every_input_of_a_family_comes_out_right(family, tmp_path):
+    tried = Counter()
+    for given in bad_inputs.inputs(family, tmp_path):
+        said, right = reliability.outcome(given, tmp_path)
+        assert right, (given.kind, given.what, said)
+        tried[given.reads is None] += 1
+    assert tried[True] >= 10
+
+
+def test_there_are_many_of_them(tmp_path):
+    assert sum(sum(1 for _ in bad_inputs.inputs(family, tmp_path)) for family in bad_inputs.FAMILIES) >= 300
+
+
+def test_bytes_changed_at_random_are_never_another_librarys_error(tmp_path):
+    kinds = Counter()
+    for kind, given in reliability.mutated(tmp_path, 40, seed=1):
+        said, right = reliability.outcome(given, tmp_path)
+        assert right or said.startswith("read: "), (kind, given.what, said)
+        kinds[kind] += right
+    assert all(kinds.values()) and len(kinds) == 6
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "attempt", [lambda: raised(ValueError("expected 1")), lambda: int("x"), lambda: {}["x"], lambda: 7]
+)
+def test_what_another_raises_and_what_is_read_wrongly_does_not_pass(attempt, tmp_path):
+    assert not reliability.outcome(Input("a kind", "a thing", attempt), tmp_path)[1]
+    assert not reliability.outcome(Input("a kind", "a thing", attempt, reads=8), tmp_path)[1]
