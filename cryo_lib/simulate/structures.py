@@ -109,7 +109,7 @@ def ends(
 def fetch(entry: str, cache_dir: str | Path, base_url: str = RCSB) -> Path:
     """Download a PDB entry as `<cache_dir>/<entry>.cif.gz`, unless it is there, and return its path.
 
-    The file gets its name only after it has parsed and shown protein atoms. `<entry>.pdb.gz` there, put by hand, will do.
+    The file gets its name only after it has parsed and shown protein atoms. An `<entry>.pdb.gz` put by hand will do.
 
     Raises
     ------
