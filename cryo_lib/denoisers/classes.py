@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cryo_lib import checks
+from cryo_lib.denoisers.posterior import mirrored
 from cryo_lib.denoisers.steerable import Basis
 from cryo_lib.denoisers.summing import LEAST_ANGLES, noise_sd
 from cryo_lib.networks.models import pick_device
@@ -51,6 +52,7 @@ class Classes:
     y : noisy images `(n, h, h)`, the particles centred. sigma : sd of the noise, a number or `(n,)`; noise is white.
     n_classes : templates, at most n. iterations : at least 1.
     seed : of the images that the templates start from.
+    mirrors : take the images' mirror images as well: of projections, those from the opposite side.
 
     Attributes
     ----------
@@ -71,6 +73,7 @@ class Classes:
         n_classes: int,
         iterations: int,
         seed: int,
+        mirrors: bool = False,
         device: str = "auto",
     ) -> None:
         y = square(y, "y")
@@ -80,6 +83,7 @@ class Classes:
             raise ValueError(f"n_classes: expected at most {len(y)}, one an image, got {n_classes}; ask for fewer")
         checks.integer("iterations", iterations, low=1)
         y = _in_sd(y, sigma)
+        y = np.concatenate([y, mirrored(y)]) if mirrors else y
         self.basis = basis = Basis(y, LEFT_OUT, pick_device(device))
         self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
         self._real = 2.0 - (basis.frequencies == 0).float()  # real numbers in a coefficient

@@ -13,8 +13,10 @@ from cryo_lib.networks.runs import Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
-KEYS = {*"scale structure data baselines posterior screening studies supplement_studies particle_studies kinds".split()}
-KEYS |= {*"study train export reconstruct relion assign particles pairs denoise junk weights".split()}
+KEYS = {
+    *"scale structure data baselines posterior classes screening studies supplement_studies particle_studies".split()
+}
+KEYS |= {*"kinds study train export reconstruct relion assign particles pairs denoise junk weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 
@@ -69,6 +71,7 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             _check_study(name, study, params)
         posterior = params["posterior"]
         without = params["baselines"]["baseline_experiments"] + posterior["bound_experiments"]
+        without += params["classes"]["class_experiments"]
         stacks = params["export"]["stack_references"] + params["export"]["stack_reference_halves"]
         for name in (*without, *posterior["posterior_experiments"], *stacks):
             Experiment.parse(name)

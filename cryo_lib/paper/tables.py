@@ -142,6 +142,35 @@ def beside_paper(ours: pd.DataFrame, paper: pd.DataFrame, checkpoints: pd.DataFr
     return pd.DataFrame(rows)
 
 
+def with_references(ours: pd.DataFrame) -> pd.DataFrame:
+    """PSNR on additive noise, a row a method, by what the method is told; those that need no reference come first.
+
+    `ours` is `over_seeds(...)` without contaminated experiments. Columns: method, told, references, `psnr_<snr>`, ...
+    """
+    ours = ours[ours["experiment"].str.startswith("awgn-")]
+    psnr = ours.pivot(index="method", columns="experiment", values="psnr")
+    psnr.columns = [f"psnr_{name.split('-')[1]}" for name in psnr.columns]
+    known = methods.among(psnr.index)
+    psnr = psnr.loc[[*known], sorted(psnr.columns, reverse=True)].reset_index()
+    needs = [entry.needs for entry in known.values()]
+    psnr.insert(1, "told", needs)
+    psnr.insert(2, "references", [any(word in need for word in methods.CLEAN) for need in needs])
+    return psnr.sort_values("references", kind="stable", ignore_index=True)
+
+
+def in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """`with_references` as strings; in bold the best PSNR of those that are told no reference."""
+    columns = [column for column in table if column.startswith("psnr_")]
+    best, known = table[~table["references"]][columns].max(), methods.labels()
+    words = {"Method": table["method"].map(known), "Is told": table["told"]}
+    words["Clean references"] = table["references"].map({True: "yes", False: "no"})
+    for name in columns:
+        cells = [f"{v:.2f}" if np.isfinite(v) else "—" for v in table[name]]
+        bold = ~table["references"] & (table[name] == best[name])
+        words[f"PSNR, SNR {name[5:]}"] = [f"**{cell}**" if b else cell for cell, b in zip(cells, bold)]
+    return pd.DataFrame(words)
+
+
 def resolutions(table: pd.DataFrame, truth: str = "Truth") -> pd.DataFrame:
     """The resolutions of `reconstruction.compare` as strings, a row a stack.
 

@@ -117,3 +117,17 @@ def test_a_table_of_resolutions_says_what_each_half_map_was_denoised_by():
         ("Posterior", "disjoint halves of the references", "none"),
     ]
     assert list(described.iloc[:, :3].itertuples(index=False, name=None)) == said
+
+
+def test_what_is_told_references_comes_last_and_the_best_without_them_is_bold():
+    psnr = {"bayes_bound": 38.0, "cwf": 26.0, "l2_ae": 25.0, "classes": 27.0, "noisy": 12.0}
+    runs = [{"method": name, "experiment": f"awgn-{snr}-none", "psnr": value - 10 * (0.1 - snr)} for name, value in
+            psnr.items() for snr in (0.05, 0.1)]  # fmt: skip
+    runs.append({"method": "cwf", "experiment": "clipped-0.1-none", "psnr": 99.0})
+    table = tables.with_references(pd.DataFrame(runs))
+    assert list(table["method"]) == ["noisy", "cwf", "classes", "l2_ae", "bayes_bound"]
+    assert list(table["references"]) == [False, False, False, True, True]
+    assert list(table.columns[3:]) == ["psnr_0.1", "psnr_0.05"] and table["psnr_0.1"].max() == 38
+    words = tables.in_words(table).set_index("Method")
+    assert list(words["PSNR, SNR 0.1"]) == ["12.00", "26.00", "**27.00**", "25.00", "38.00"]
+    assert words["PSNR, SNR 0.05"].str.startswith("**").sum() == 1
