@@ -122,6 +122,7 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     notebook = Path(notebook)
     _read(notebook, parameters, complete)
     out = Path(out or executed(notebook, parameters))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits must not spin on a core others need
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
