@@ -15,8 +15,8 @@ fi
 export PYTHONPATH="$PWD:$PWD/build/wheels/site" PYTHONUNBUFFERED=1
 if [[ ! -f data/$scale/rnap/card.json ]]; then
     python3 -m cryo_lib.paper.notebooks script 01 -p scale "$scale" -s data \
-        -p core_chain "$(sed -n 's/^  core_chain: \([^ ]*\).*/\1/p' params.yaml)" \
-        -p clamp_chain "$(sed -n 's/^  clamp_chain: \([^ ]*\).*/\1/p' params.yaml)"
+        -p core_chain "$(sed -n 's/^  core_chain: "\{0,1\}\([^" ]*\).*/\1/p' params.yaml)" \
+        -p clamp_chain "$(sed -n 's/^  clamp_chain: "\{0,1\}\([^" ]*\).*/\1/p' params.yaml)"
 fi
 spent=$((SECONDS / 60 + 1))
 exec python3 -m cryo_lib.paper.cluster train --minutes "$((minutes > spent ? minutes - spent : 0))" "$@"

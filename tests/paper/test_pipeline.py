@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,17 @@ def test_every_notebook_has_one_stage_and_training_two_and_the_pipeline_is_short
     wanted = [*(ROOT / "notebooks").glob("[0-3]*.ipynb"), ROOT / "notebooks" / "03_train_networks.ipynb"]
     assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted(wanted)
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
+
+
+def test_text_of_a_section_reaches_a_command_to_the_letter():
+    """A shell gives what the parameter file says, the empty text too: no quotes of a command's own go with it."""
+    command = " ".join(stage["cmd"] for stage in RUNS.values())
+    taken = re.findall(r"-p (\w+) (\S*)\$\{((?!item)\w+\.\w+)\}(\S*)", command)
+    texts = [(before, after) for name, before, _, after in taken if name in ("core_chain", "clamp_chain", "contrast")]
+    assert len(texts) == 3
+    for before, after in texts:
+        for text in ("C", "", "A:1-29,60-121+B"):
+            assert shlex.split(f"{before}{text}{after}") == [text]
 
 
 @pytest.mark.parametrize("name", RUNS)
