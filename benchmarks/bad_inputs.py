@@ -20,7 +20,7 @@ from cryo_lib.networks.engine import Trainer
 from cryo_lib.networks.losses import Method
 from cryo_lib.paper import notebooks
 from cryo_lib.stacks import particles
-from cryo_lib.stacks.columns import ANGLES, CTF_DEFAULTS, DEFOCUS, MICROSCOPE, ORIGINS
+from cryo_lib.stacks.columns import ANGLES, CTF_DEFAULTS, DEFOCUS, DETECTOR, MICROSCOPE, ORIGINS
 from cryo_lib.stacks.dataset import Dataset
 from cryo_lib.stacks.mrc import read_map, write_map, write_stack
 from cryo_lib.stacks.particles import ParticleStack
@@ -53,7 +53,8 @@ def table(name: str, rows: list[dict[str, str]]) -> str:
 def star(folder: Path, optics: dict | None = OPTICS, name: str = "x.star", **changes: str) -> Path:
     """A star file of three particles; `changes` are of the second one."""
     rows = [{"rlnImageName": f"{number}@s.mrcs"} | ROW for number in (1, 2, 3)]
-    rows = [row | {label: OLD[label] for label in changes if label in OLD} for row in rows]
+    old = DETECTOR if set(changes) & set(DETECTOR) else set(changes) & set(OLD)  # one of the two says nothing alone
+    rows = [row | {label: OLD[label] for label in old} for row in rows]
     rows[1] |= changes
     text = (table("optics", [optics]) if optics else "") + table("particles", rows)
     return write_text(folder / name, text)
