@@ -1,7 +1,8 @@
 """The Wiener filter of a stack: a low-pass whose form the images' own spectra give, and that corrects their CTF.
 
 Of y = C x + noise, with the spectra S of x and N of the noise in rings, the best linear estimate is
-C S / (C^2 S + N) y. N is that outside the particles, S what the whole images have beyond it.
+C S / (C^2 S + N) y. N is that outside the particles, S what the whole images have beyond it. The CTF's envelope
+(rlnCtfBfactor) is a part of x: to undo it where it leaves next to nothing would show noise alone.
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class Wiener(OfStack):
         self.signal = uniform_filter1d(excess, SMOOTH) / uniform_filter1d(passed, SMOOTH)
 
     def transfer(self, rows: Any) -> np.ndarray:
-        """C of these rows, `(m, n, n // 2 + 1)`, or `(1, ...)` where it is 1."""
+        """C of these rows without its envelope, `(m, n, n // 2 + 1)`, or `(1, ...)` where it is 1."""
         if self.stack.ctf is None:
             return np.ones((1, self.n, self.n // 2 + 1), np.float32)
-        return ctf(self.stack.ctf.iloc[rows], self.n, self.pixel_size)
+        return ctf(self.stack.ctf.iloc[rows].assign(rlnCtfBfactor=0.0), self.n, self.pixel_size)
 
     @property
     def facts(self) -> dict[str, Any]:

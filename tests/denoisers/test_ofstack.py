@@ -10,7 +10,8 @@ from cryo_lib.denoisers.inspection import Inspection
 from cryo_lib.denoisers.wiener import Wiener
 from cryo_lib.evaluate.metrics import frc
 from cryo_lib.simulate import standin
-from cryo_lib.simulate.ctf import ctf
+from cryo_lib.simulate.ctf import apply_ctf, ctf
+from cryo_lib.simulate.noise import power_spectrum
 from cryo_lib.simulate.projection import project, rescale
 from cryo_lib.stacks.particles import ANGLES, DEFOCUS, ORIGINS, ParticleStack, new
 
@@ -62,6 +63,19 @@ def test_the_wiener_filter_corrects_the_ctf_beyond_its_first_zero(made):
     assert negative < -0.2 and plain[22:24].mean() < -0.05 < 0.05 < corrected[22:24].mean()
     assert corrected[2:].min() > 0
     np.testing.assert_allclose(corrected[2:12], plain[2:12], atol=0.05)
+
+
+def test_where_the_envelope_leaves_nothing_the_wiener_filter_shows_no_noise(made, tmp_path):
+    """Images in white noise; the B-factor leaves a thousandth of the amplitude at the Nyquist frequency."""
+    _, stack, _, x = made
+    parameters = stack.ctf.assign(rlnCtfBfactor=1.1e4)
+    noise = np.random.default_rng(0).standard_normal(x.shape).astype(np.float32)
+    given = {"rotations": stack.poses.rotations, "pixel_size": PIXEL, "columns": parameters.to_dict("list")}
+    steep = ParticleStack.open(new(tmp_path / "p.star", apply_ctf(4 * x, parameters, PIXEL) + noise, **given))
+    assert (steep.ctf["rlnCtfBfactor"] == 1.1e4).all()
+    x_hat = Wiener(steep, contrast="bright")(steep.images[:])
+    assert power_spectrum(x_hat, PIXEL)[1][-6:].max() < 0.01  # that of the noise is 1
+    assert correlation(x, x_hat).mean() > 0.5 > 5 * correlation(x, steep.images[:]).mean()
 
 
 def test_the_wiener_filter_is_nearer_to_the_truth_than_the_image_and_no_map_is_needed(made):
