@@ -13,7 +13,7 @@ import numpy as np
 
 from cryo_lib.denoisers.ofstack import OfStack
 from cryo_lib.denoisers.posterior import Maps
-from cryo_lib.denoisers.screening import Screen
+from cryo_lib.denoisers.screening import FEW, Screen
 from cryo_lib.denoisers.summing import moved
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks.particles import ParticleStack
@@ -34,7 +34,7 @@ class OfMap(OfStack):
 
     Raises
     ------
-    ValueError : see `Screen`, and `PosteriorSum.check_scale`.
+    ValueError : see `Screen`, and `Maps.check_scale`, of images spread over the stack.
     """
 
     def __init__(
@@ -54,6 +54,9 @@ class OfMap(OfStack):
         self.screen = Screen(stack, volume, voxel_size, **options)
         super().__init__(stack, self.screen.n, self.screen.pixel_size, contrast)
         self.maps = Maps([self.screen.volume], device=device)
+        some = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        y, sigma, given = self.screen.question(self.screen.images(some), some, self.screen.gain)
+        self.maps.check_scale(y, sigma, **given)  # here, since a batch may be one image, and that one junk
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class OfMap(OfStack):
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         y, sigma, given = self.screen.question(self.screen.centred(y, rows), rows, self.screen.gain)
-        x_hat = in_circle(self.maps.posterior(y, sigma, **given).x_hat)
+        x_hat = in_circle(self.maps.posterior(y, sigma, check=False, **given).x_hat)
         if self.stack.poses is None:
             return x_hat
         level = noise.background(x_hat)[0][:, None, None].astype(np.float32)

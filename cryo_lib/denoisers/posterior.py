@@ -187,17 +187,25 @@ class Maps:
         self._kept: dict[tuple[int, int], tuple[Tensor, np.ndarray]] = {}
         self.first = [self._coefficients(label, 0, np.arange(coarse)) for label in range(len(self.templates.volumes))]
 
-    def posterior(self, y: Any, sigma: Any, **given: Any) -> MapPosterior:
-        """The posterior of noisy images `(n, h, h)`, coarse to fine; see `posterior_map`."""
+    def posterior(self, y: Any, sigma: Any, check: bool = True, **given: Any) -> MapPosterior:
+        """The posterior of noisy images `(n, h, h)`, coarse to fine; see `posterior_map`.
+
+        check : of all images, their grey scale; False where `check_scale` has been asked of the stack they are of.
+        """
         found = []
         for images, of_images in _portions(y, sigma, **given):
             total = self.templates.sum(images, **of_images)
-            total.check_scale(torch.cat(self.first))
+            if check:
+                total.check_scale(torch.cat(self.first))
             scores = [total.add(each, label).cpu().numpy() for label, each in enumerate(self.first)]
             for start in range(0, len(images), TOGETHER):
                 rows = slice(start, min(start + TOGETHER, len(images)))
                 found.append(self._refined(total.some(rows), [score[rows] for score in scores]))
         return _joined(found)
+
+    def check_scale(self, y: Any, sigma: Any, **given: Any) -> None:
+        """Raise ValueError where the median image is on another grey scale; see `PosteriorSum.check_scale`."""
+        self.templates.sum(y, sigma, **given).check_scale(torch.cat(self.first))
 
     def _coefficients(self, label: int, level: int, numbers: np.ndarray) -> Tensor:
         """Of the projections of one volume at these directions of a grid; those that were made before are kept."""

@@ -54,6 +54,19 @@ def test_the_posterior_over_a_map_finds_the_particles_without_poses_and_with_ori
     assert correlation(x, found["none"]).min() > correlation(x, wiener(bare.images[:])).max()
 
 
+def test_junk_alone_in_a_batch_stops_nothing_and_a_stack_of_another_contrast_is_refused(made, tmp_path):
+    """The grey scale is the stack's: a blob of ice in the last batch is not taken for it, 1 - y of all images is."""
+    volume, stack, _, _ = made
+    images, axis = stack.images[:], np.arange(BOX) - BOX // 2
+    images[-1] += 4 * images.std() * np.exp(-(axis[:, None] ** 2 + axis**2) / 162)
+    given = {"rotations": stack.poses.rotations, "pixel_size": PIXEL, "columns": stack.ctf.to_dict("list")}
+    iced = ParticleStack.open(new(tmp_path / "iced.star", images, **given, shifts=stack.poses.shifts))
+    denoiser = ofmap.OfMap(iced, volume, PIXEL, size=36, device="cpu")
+    assert np.isfinite(denoiser(images[-1:], np.array([47]))).all()
+    with pytest.raises(ValueError, match="y: expected images on the grey scale of the references"):
+        ofmap.OfMap(iced, volume, PIXEL, size=36, device="cpu", contrast="dark")
+
+
 def test_the_wiener_filter_corrects_the_ctf_beyond_its_first_zero(made):
     """There images without correction agree with the truth with the wrong sign, and corrected ones with the right."""
     _, stack, _, x = made
