@@ -79,6 +79,8 @@ class Batches:
 def turned(images: Tensor, turns: Tensor) -> Tensor:
     """Images `(m, 1, h, h)`, each turned by right angles about its centre, pixel h/2, or mirrored: turns `(m,)` of 0-7.
 
+    The side h is even.
+
     The mirror image of a projection is the projection from the opposite side, so all are images of the same volume.
     """
     for bit, change in enumerate((lambda a: a.mT, lambda a: a.flip(-1).roll(1, -1), lambda a: a.flip(-2).roll(1, -2))):

@@ -58,7 +58,7 @@ def filament(part: Points, length: float, rng: np.random.Generator) -> Points:
     ring = symmetric(part, strands, False, rng)
     xyz = ring.xyz - ring.middle if strands == 1 else ring.xyz
     turn = Rotation.from_rotvec((0, 0, twist))
-    rise = _closest(lambda h: (xyz, turn.apply(xyz) + (0, 0, h)), 2 * ring.diameter)
+    rise = max(CONTACT, _closest(lambda h: (xyz, turn.apply(xyz) + (0, 0, h)), 2 * ring.diameter))
     count = max(1, int(length / rise))
     thin = Points(ring.name, xyz, ring.electrons).thinned(max(1, MOST // count))
     turns = Rotation.from_rotvec(np.outer(np.arange(count) * twist, (0, 0, 1)))

@@ -6,6 +6,7 @@ Structures are `gemmi.Structure` objects of one model. Lengths are in Angstrom, 
 from __future__ import annotations
 
 import gzip
+import itertools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,7 +213,8 @@ def _name_all(structure: gemmi.Structure) -> None:
     Molecular dynamics programs leave both out, and put atom names where `CA` reads as calcium.
     """
     for model in structure:
-        free = (letter for letter in ascii_uppercase if letter not in {chain.name for chain in model})
+        taken = {chain.name for chain in model}
+        free = (name for name in itertools.chain(ascii_uppercase, map(str, itertools.count(1))) if name not in taken)
         for chain in model:
             chain.name = chain.name.strip() or next(free)
             for residue in chain:
@@ -331,7 +333,7 @@ def cleft_view(a: gemmi.Structure, b: gemmi.Structure, core_chain: str = "C", cl
     turn = np.linalg.norm(z)
     if np.degrees(turn) < 0.1:
         raise ValueError(
-            f"cleft_view: expected the clamp (chain {clamp_chain}) to turn by at least 0.1 degree from "
+            f"cleft_view: expected the clamp ({clamp_chain!r}) to turn by at least 0.1 degree from "
             f"{a.name or 'a'} to {b.name or 'b'}, got {np.degrees(turn):.2g} degrees: no hinge to look "
             "along; pass a closed and an open structure"
         )
