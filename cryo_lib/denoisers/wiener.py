@@ -19,7 +19,7 @@ from cryo_lib.simulate.ctf import ctf
 from cryo_lib.simulate.noise import power_spectrum
 from cryo_lib.stacks.particles import ParticleStack
 
-FEW, SMOOTH = 256, 5  # images, at most, that the spectra are estimated from; rings, so that none is at a CTF's zero
+FEW, SMOOTH = 256, 5  # images, at most, that the spectra are estimated from; rings that C^2 and S are smoothed over
 
 
 class Wiener(OfStack):
@@ -42,9 +42,8 @@ class Wiener(OfStack):
         rows = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
         y = self.seen(stack.images[rows])
         self.noise = background_spectrum(y)
-        passed = power_spectrum(scipy.fft.irfft2(self.transfer(rows), s=(self.n, self.n)), 1.0)[1] * self.n**2
         excess = np.maximum(power_spectrum(y, 1.0)[1] - self.noise, 0)
-        self.signal = uniform_filter1d(excess, SMOOTH) / uniform_filter1d(passed, SMOOTH)
+        self.signal = uniform_filter1d(excess, SMOOTH) / passed(self.transfer(rows), self.n)
 
     def transfer(self, rows: Any) -> np.ndarray:
         """C of these rows without its envelope, `(m, n, n // 2 + 1)`, or `(1, ...)` where it is 1."""
@@ -58,11 +57,18 @@ class Wiener(OfStack):
         return super().facts | {"CTF": self.stack.ctf is not None, "greatest S / N of a ring": f"{ratio.max():.3g}"}
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
-        k = self.n * np.hypot(scipy.fft.fftfreq(self.n)[:, None], scipy.fft.rfftfreq(self.n))
-        signal, noise = (
-            np.interp(k, np.arange(len(each)), each, right=each[-1]).astype(np.float32)
-            for each in (self.signal, self.noise)
-        )
+        signal, noise = (over_rings(each, self.n) for each in (self.signal, self.noise))
         transfer = self.transfer(rows)
         gain = transfer * signal / (transfer**2 * signal + noise)
         return scipy.fft.irfft2(scipy.fft.rfft2(y) * gain, s=y.shape[1:])
+
+
+def passed(transfer: np.ndarray, n: int) -> np.ndarray:
+    """The mean of C^2 over images of side n and in rings, `(n // 2 + 1,)`, smoothed: no ring is at a CTF's zero."""
+    return uniform_filter1d(power_spectrum(scipy.fft.irfft2(transfer, s=(n, n)), 1.0)[1] * n**2, SMOOTH)
+
+
+def over_rings(values: np.ndarray, n: int) -> np.ndarray:
+    """Values of rings, `(n // 2 + 1,)`, at the Fourier pixels of images of side n, `(n, n // 2 + 1)` float32."""
+    k = n * np.hypot(scipy.fft.fftfreq(n)[:, None], scipy.fft.rfftfreq(n))
+    return np.interp(k, np.arange(len(values)), values).astype(np.float32)
