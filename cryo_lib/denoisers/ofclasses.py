@@ -4,7 +4,7 @@ Of y = C x + noise the phases are flipped where the CTF is known, so that the im
 by its own spectrum, and origins, where the stack has them, centre the images. Classes are learnt once, from images and
 their mirror images. The estimate of |C| x, times the probability of a particle (a temperature above 1 takes noise for
 one, the evidence does not), is coloured again, levelled beyond the inscribed circle, and divided by the rms
-of C in rings, smoothed.
+of C without its envelope, in rings, smoothed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class OfClasses(OfStack):
         self.noise = np.sqrt(over_rings(background_spectrum(self.seen(stack.images[few])), n))
         self.passed = np.float32(1)
         if stack.ctf is not None:
-            rings = passed(ctf(stack.ctf.iloc[few], n, self.pixel_size), n)
+            rings = passed(ctf(stack.ctf.iloc[few].assign(rlnCtfBfactor=0.0), n, self.pixel_size), n)
             self.passed = over_rings(np.sqrt(rings).clip(min=PASSED), n)
         self.rows = np.sort(np.random.default_rng(seed).permutation(len(stack))[:LEARNT])
         parts = np.array_split(self.rows, -(-len(self.rows) // CHUNK))
