@@ -16,7 +16,7 @@ from cryo_lib.stacks.dataset import MEASURED, Experiment
 KEYS = {
     *"scale structure data baselines posterior classes screening studies supplement_studies particle_studies".split()
 }
-KEYS |= {*"kinds study train export reconstruct relion assign particles pairs denoise junk weights".split()}
+KEYS |= {*"kinds study train export reconstruct relion assign particles pairs denoise junk noises weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 
@@ -77,7 +77,7 @@ def read_scale(path: str | Path) -> dict[str, Any]:
             Experiment.parse(name)
         trained = {f"{study}/{run.folder}" for study, entry in params["study"].items() for run in grid(entry)}
         if missing := [name for name in _used(params) if name not in trained]:
-            used = "export, assign, denoise, junk and weights use runs that no study makes"
+            used = "export, assign, denoise, junk, noises and weights use runs that no study makes"
             raise ValueError(f"{used}: {', '.join(missing)}; add them to a study")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"parameters {path}: {error}") from error
@@ -96,7 +96,7 @@ def _check_study(name: str, study: dict[str, Any], params: dict[str, Any]) -> No
 
 
 def _used(params: dict[str, Any]) -> Iterator[str]:
-    """The runs, `study/method/experiment/seed`, that `export`, `assign`, `denoise`, `junk` and `weights` ask for."""
+    """The runs, `study/method/experiment/seed`, that other blocks of a parameter file ask for."""
     export, assign = params["export"], params["assign"]
     halves = [f"{name}-half{half}" for name in export["stack_halves"] for half in (1, 2)]
     for name in (*export["stack_runs"], *halves):
@@ -110,6 +110,10 @@ def _used(params: dict[str, Any]) -> Iterator[str]:
     junk = params["junk"]
     for method in junk["junk_methods"]:
         yield f"table1/{method}/{junk['junk_experiments'][0]}/seed{junk['training_seed']}"
+    noises = params["noises"]
+    for seed in noises["training_seeds"]:
+        for run in ("ours/l2_ae", *(f"table1/{method}" for method in noises["noises_methods"])):
+            yield f"{run}/{noises['noises_experiment']}/seed{seed}"
     weights = params["weights"]
     for seed in params["study"].get(weights["weights_study"], {}).get("seeds") or [0]:
         yield f"{weights['weights_study']}/{weights['weights_method']}/{weights['weights_experiment']}/seed{seed}"

@@ -24,6 +24,7 @@ from cryo_lib.simulate.ctf import CTF_LABELS, apply_ctf, ctf, phase_flip
 from cryo_lib.simulate.density import density
 from cryo_lib.simulate.library import Points
 from cryo_lib.simulate.noise import background
+from cryo_lib.simulate.noises import filtered
 from cryo_lib.simulate.projection import project, random_rotations
 
 BATCH = 25  # pairs of one particle and pixel size
@@ -146,10 +147,7 @@ def coloured(parameters: pd.DataFrame, box: int, pixel_size: float, rng: np.rand
     if rng.random() < 0.5:
         height, width = np.exp(rng.uniform(*np.log(FOG))), rng.uniform(*FOG_WIDTH)
         power += (height / (1 + squared / width**2)).astype(np.float32)
-    twice = np.where(np.arange(box // 2 + 1) % (box / 2) == 0, 1, 2)  # columns that stand for their mates as well
-    power /= (power * twice).sum(axis=(1, 2), keepdims=True) / box**2
-    images = scipy.fft.rfft2(rng.standard_normal((m, box, box), np.float32)) * np.sqrt(power)
-    images = scipy.fft.irfft2(images, s=(box, box))
+    images = filtered(rng.standard_normal((m, box, box), np.float32), power)
     steep = rng.uniform(0, GRADIENT)
     slopes = rng.normal(0, steep, (2, m, 1, 1)).astype(np.float32)
     across = np.linspace(-0.5, 0.5, box, dtype=np.float32)
