@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNS = {name: stage for name, stage in STAGES.items() if stage["cmd"].startswith("cryo run")}
 MISSING = [sys.executable, "-m", "cryo_lib.paper.cluster", "missing"]
-SHOWN = ("03", "06", "08", "11", "17", "18")  # what they show on the way is published as well
+SHOWN = ("03", "06", "08", "11", "17", "18", "19")  # what they show on the way is published as well
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
 needs_relion = pytest.mark.skipif(not shutil.which("relion_refine_mpi"), reason="needs Debian's package relion")
 
