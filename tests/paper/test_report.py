@@ -13,7 +13,13 @@ from cryo_lib.files import write_text
 from cryo_lib.paper import methods, report
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*"))]
+PAGES = [
+    "README.md",
+    "RESULTS.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
+]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAP = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\|(.*\| `.*)\|$", README, re.MULTILINE)]
 SCALE = yaml.safe_load((ROOT / "params.yaml").read_text())["scale"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import models
+from cryo_lib.paper import methods
 from cryo_lib.paper.experiments import grid, read_scale
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,11 @@ def per_image():
 def test_every_run_of_the_scale_is_there_and_no_other(per_image):
     params = read_scale(ROOT / "scales" / "laptop.yaml")
     papers = set(params["studies"]) - set(params["supplement_studies"])
-    expected = {run.folder.as_posix() for name in papers for run in grid(params["study"][name])}
+    expected = {
+        run.folder.as_posix().replace(run.method, methods.shown_as(name, run.method))
+        for name in papers
+        for run in grid(params["study"][name])
+    }
     found = {name for name in per_image["mse"] if "/seed" in name}
     assert found == expected and len(per_image["mse"]) == params["data"]["n_test"]
 
@@ -131,7 +136,7 @@ def supplement():
 
 def test_every_run_of_the_supplement_is_there_and_no_other(supplement):
     params = read_scale(ROOT / "scales" / "laptop.yaml")
-    names = ["table1", "contamination", *params["supplement_studies"]]
+    names = ["table1", "ours", "contamination", *params["supplement_studies"]]
     expected = {
         (name, r.variant, r.method, r.experiment, r.seed) for name in names for r in grid(params["study"][name])
     }
