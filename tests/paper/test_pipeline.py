@@ -180,7 +180,7 @@ def test_the_ci_scale_makes_every_output(ci_run):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     made = made.replace("${weights.weights_method}", "beta_05_05_l1")
                     assert (ci_run / made).exists(), made
-    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 8 + 2 + 2 + 2 + 8
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 2 + 8 + 2 + 2 + 2 + 8
 
 
 def test_a_second_run_is_up_to_date(ci_run):

@@ -230,7 +230,7 @@ def test_cleft_view_looks_along_the_hinge_with_the_clamp_at_the_top():
 
 def test_cleft_view_refuses_a_clamp_that_does_not_turn():
     still = moved(toy(0.004), *AWAY)  # 0.08 degree
-    with pytest.raises(ValueError, match=r"clamp \(chain D\) to turn by at least 0.1 degree .*got 0.08 .*: no hinge"):
+    with pytest.raises(ValueError, match=r"clamp \('D'\) to turn by at least 0.1 degree .*got 0.08 .*: no hinge"):
         structures.cleft_view(toy(0), still)
     with pytest.raises(ValueError, match="to turn by at least 0.1 degree"):
         structures.cleft_view(toy(0), toy(0))
