@@ -280,7 +280,8 @@ def test_exported_stacks_are_new_images_with_their_poses(ci_run):
         np.testing.assert_allclose(halves.images[rows], expected, atol=1e-5)
         references, _ = dataset.pairs("train", Experiment.parse(f"awgn-0.1-none-half{half}"))
         y = noisy.images[rows]
-        np.testing.assert_allclose(posterior.images[rows], posterior_mean(y, references, noise_level(y)), atol=1e-4)
+        expected = posterior_mean(y, references, noise_level(y), mirrors=True)
+        np.testing.assert_allclose(posterior.images[rows], expected, atol=1e-4)
 
 
 def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_back(ci_run):
