@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.fft
 import torch
 from torch import Tensor
 
 from cryo_lib import checks
 from cryo_lib.denoisers.posterior import mirrored
 from cryo_lib.denoisers.steerable import Basis
-from cryo_lib.denoisers.summing import LEAST_ANGLES, noise_sd
+from cryo_lib.denoisers.summing import angle_count, noise_sd
 from cryo_lib.networks.models import pick_device
 from cryo_lib.simulate.projection import square
 
@@ -85,7 +84,7 @@ class Classes:
         y = _in_sd(y, sigma)
         y = np.concatenate([y, mirrored(y)]) if mirrors else y
         self.basis = basis = Basis(y, LEFT_OUT, pick_device(device))
-        self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
+        self.angles = angle_count(basis)
         self._real = 2.0 - (basis.frequencies == 0).float()  # real numbers in a coefficient
         y = basis.expand(y)
         self.mean = torch.where(basis.frequencies == 0, y.mean(0), 0)

@@ -20,10 +20,8 @@ from cryo_lib.denoisers.classes import Classes
 from cryo_lib.denoisers.ofmap import SIZE, in_circle
 from cryo_lib.denoisers.ofstack import OfStack, own_pixel_size
 from cryo_lib.denoisers.screening import CHUNK, background_spectrum
-from cryo_lib.denoisers.summing import moved
 from cryo_lib.denoisers.wiener import FEW, over_rings, passed
 from cryo_lib.simulate.ctf import ctf, phase_flip
-from cryo_lib.simulate.noise import background
 from cryo_lib.stacks.particles import ParticleStack
 
 LEAST, ENOUGH = 20, 200  # images: fewer are refused; from so many on classes are better than a low-pass, CTF or not
@@ -64,7 +62,7 @@ class OfClasses(OfStack):
         box = stack.images.shape[-1]
         n = min(checks.integer("size", size, low=16), box)
         super().__init__(stack, n, own_pixel_size(stack) * box / n, contrast)
-        few = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        few = stack.spread(FEW)
         self.noise = np.sqrt(over_rings(background_spectrum(self.seen(stack.images[few])), n))
         self.passed = np.float32(1)
         if stack.ctf is not None:
@@ -86,18 +84,12 @@ class OfClasses(OfStack):
         """Images on the grid, of these rows, as classes see them: phases flipped, centred, their noise white, sd 1."""
         if self.stack.ctf is not None:
             y = phase_flip(y, self.stack.ctf.iloc[rows], self.pixel_size)
-        if self.stack.poses is not None:
-            y = moved(y, -self.stack.poses.shifts[rows] / self.pixel_size)
-        return _times(y, 1 / self.noise)
+        return _times(self.centred(y, rows), 1 / self.noise)
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         x_hat, evidence = self.classes.denoise(self.question(y, rows), 1.0, TEMPERATURE)
         x_hat *= expit(evidence).astype(np.float32)[:, None, None]
-        x_hat = _times(in_circle(_times(x_hat, self.noise)), 1 / self.passed)
-        if self.stack.poses is None:
-            return x_hat
-        level = background(x_hat)[0][:, None, None].astype(np.float32)
-        return moved(x_hat - level, self.stack.poses.shifts[rows] / self.pixel_size) + level
+        return self.off_centre(_times(in_circle(_times(x_hat, self.noise)), 1 / self.passed), rows)
 
 
 def _times(images: np.ndarray, factor: np.ndarray) -> np.ndarray:

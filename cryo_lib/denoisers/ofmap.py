@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cryo_lib.denoisers.ofstack import OfStack
+from cryo_lib.denoisers.ofstack import OfStack, edge
 from cryo_lib.denoisers.posterior import Maps
 from cryo_lib.denoisers.screening import FEW, Screen
-from cryo_lib.denoisers.summing import moved
-from cryo_lib.simulate import noise, projection
+from cryo_lib.simulate import projection
 from cryo_lib.stacks.particles import ParticleStack
 
 SIZE = 64  # pixels, at most, of the grid
@@ -29,8 +28,8 @@ class OfMap(OfStack):
     ----------
     stack : particles with a pixel size.
     volume, voxel_size : the map, `(m, m, m)`, and its A. The grid is as wide as what it shows, and a quarter more.
-    contrast, reach : as of `Screen`.
     size : pixels, at most, of the grid.
+    options : `contrast` and `reach` as of `Screen`.
 
     Raises
     ------
@@ -43,18 +42,16 @@ class OfMap(OfStack):
         volume: Any,
         voxel_size: float,
         *,
-        contrast: str | None = None,
         size: int = SIZE,
-        reach: float = 0.0,
         device: str = "auto",
+        **options: Any,
     ) -> None:
         n = min(2 * int(MARGIN * radius(volume)), len(volume) - len(volume) % 2)
         volume = projection.resample_volume(volume, voxel_size, n, voxel_size)
-        options = {"contrast": contrast, "size": size, "reach": reach, "device": device}
-        self.screen = Screen(stack, volume, voxel_size, **options)
-        super().__init__(stack, self.screen.n, self.screen.pixel_size, contrast)
+        self.screen = Screen(stack, volume, voxel_size, size=size, device=device, **options)
+        super().__init__(stack, self.screen.n, self.screen.pixel_size, self.screen.contrast)
         self.maps = Maps([self.screen.volume], device=device)
-        some = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        some = stack.spread(FEW)
         y, sigma, given = self.screen.question(self.screen.images(some), some, self.screen.gain)
         self.maps.check_scale(y, sigma, **given)  # here, since a batch may be one image, and that one junk
 
@@ -68,12 +65,8 @@ class OfMap(OfStack):
         return super().facts | found
 
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
-        y, sigma, given = self.screen.question(self.screen.centred(y, rows), rows, self.screen.gain)
-        x_hat = in_circle(self.maps.posterior(y, sigma, check=False, **given).x_hat)
-        if self.stack.poses is None:
-            return x_hat
-        level = noise.background(x_hat)[0][:, None, None].astype(np.float32)
-        return moved(x_hat - level, self.stack.poses.shifts[rows] / self.pixel_size) + level
+        y, sigma, given = self.screen.question(self.centred(y, rows), rows, self.screen.gain)
+        return self.off_centre(in_circle(self.maps.posterior(y, sigma, check=False, **given).x_hat), rows)
 
 
 def in_circle(images: np.ndarray) -> np.ndarray:
@@ -81,8 +74,7 @@ def in_circle(images: np.ndarray) -> np.ndarray:
     n = images.shape[-1]
     radius = np.hypot(*np.ogrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j])
     level = images[:, (radius > 0.9) & (radius <= 1)].mean(axis=1)[:, None, None]
-    edge = 0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))
-    return (images - level) * edge.astype(np.float32) + level
+    return (images - level) * edge(radius) + level
 
 
 def radius(volume: Any) -> int:

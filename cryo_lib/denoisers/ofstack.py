@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryo_lib.denoisers.summing import moved
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks.particles import ParticleStack, contrast_of
 
@@ -30,6 +31,17 @@ class Grid:
     def seen(self, images: np.ndarray) -> np.ndarray:
         """Images of the stack on the grid, `(m, n, n)`, protein bright, background of mean 0 and sd 1."""
         return noise.standardise(images, self.own, self.n, self.pixel_size, self.contrast)
+
+    def centred(self, images: np.ndarray, rows: Any) -> np.ndarray:
+        """Images of these rows on the grid, moved back by the shifts of their poses where they have them."""
+        return images if self.stack.poses is None else moved(images, -self.stack.poses.shifts[rows] / self.pixel_size)
+
+    def off_centre(self, images: np.ndarray, rows: Any) -> np.ndarray:
+        """Centred images of these rows on the grid, moved to where the stack has them, their background level."""
+        if self.stack.poses is None:
+            return images
+        level = noise.background(images)[0][:, None, None].astype(np.float32)
+        return moved(images - level, self.stack.poses.shifts[rows] / self.pixel_size) + level
 
     def onto(self, images: np.ndarray) -> np.ndarray:
         """Images at the box and pixel size of the stack `(m, h, h)` on the grid, grey levels as they are."""
@@ -63,6 +75,11 @@ class OfStack(Grid):
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         """The denoised images `(m, n, n)` of `seen` ones of these rows."""
         raise NotImplementedError
+
+
+def edge(radius: np.ndarray) -> np.ndarray:
+    """1 within a circle or sphere, 0 beyond its radius of 1, float32; between 0.9 and 1 it falls as a cosine."""
+    return (0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))).astype(np.float32)
 
 
 def own_pixel_size(stack: ParticleStack) -> float:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cryo_lib.denoisers.ofstack import Grid, own_pixel_size
-from cryo_lib.denoisers.summing import moved
+from cryo_lib.denoisers.ofstack import Grid, edge, own_pixel_size
 from cryo_lib.denoisers.templates import Templates, directions
 from cryo_lib.simulate import noise, projection
 from cryo_lib.simulate.ctf import ctf
@@ -75,7 +74,7 @@ class Screen(Grid):
         self.level = float(noise.background(views)[0].mean())
         searched = stack.poses is None and reach >= self.pixel_size
         self.shifts = (reach / self.pixel_size, 1.0) if searched else None
-        some = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        some = stack.spread(FEW)
         images = self.images(some)
         self.spectrum = background_spectrum(images)
         self.gain = 1.0
@@ -85,10 +84,6 @@ class Screen(Grid):
     def images(self, rows: Any) -> np.ndarray:
         """Images `(m, n, n)` of these rows on the grid, centred, protein bright, background of mean 0 and sd 1."""
         return self.centred(self.seen(self.stack.images[rows]), rows)
-
-    def centred(self, y: np.ndarray, rows: Any) -> np.ndarray:
-        """Images of these rows on the grid, moved back by the shifts of their poses where they have them."""
-        return y if self.stack.poses is None else moved(y, -self.stack.poses.shifts[rows] / self.pixel_size)
 
     def evidence(self, rows: Any) -> np.ndarray:
         """Of these rows, `(m,)`, nats: above 0 a projection of the map explains the image better than noise alone."""
@@ -116,14 +111,12 @@ class Screen(Grid):
 def in_sphere(volume: Any) -> np.ndarray:
     """A map less the level of its corners, and 0 beyond the sphere inscribed in its box: no view shows the box's edges.
 
-    The edge is a cosine over a tenth of the radius. The map is `(m, m, m)`.
+    The map is `(m, m, m)`.
     """
     volume = projection.as_volume(volume)
     radius = np.sqrt(sum(axis**2 for axis in np.ogrid[(slice(-1, 1, len(volume) * 1j),) * 3]))
     level = volume[radius > 1].mean(dtype=float)
-    return (volume - np.float32(level)) * (0.5 + 0.5 * np.cos(np.pi * np.clip(10 * radius - 9, 0, 1))).astype(
-        np.float32
-    )
+    return (volume - np.float32(level)) * edge(radius)
 
 
 def background_spectrum(images: np.ndarray) -> np.ndarray:

@@ -98,6 +98,11 @@ def shift_grid(shifts: tuple[float, float] | None) -> np.ndarray:
     return grid[np.argsort(distance, kind="stable")][: int((distance <= reach * (1 + 1e-6)).sum())]
 
 
+def angle_count(basis: Basis) -> int:
+    """How many angles every reference is turned by: more than its finest angular frequency needs."""
+    return scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
+
+
 class PosteriorSum:
     """The posterior of images, summed over references as they come.
 
@@ -142,7 +147,7 @@ class PosteriorSum:
         back = [basis.expand(moved(y, -shift)) for shift in self.shifts]
         self.y = back[0] if len(back) == 1 else torch.stack(back, 1).flatten(0, 1)  # a row an image and shift
         self.precision = self._of_rows(self.precision)
-        self.angles = scipy.fft.next_fast_len(max(LEAST_ANGLES, 4 * len(basis.blocks)), real=True)
+        self.angles = angle_count(basis)
         self._halves = 1 - 0.5 * (basis.frequencies > 0).float()
         # On a GPU what is negligible is summed as well: to leave it out the host would have to wait.
         self.everything = device.type == "cuda"

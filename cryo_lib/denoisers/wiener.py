@@ -39,7 +39,7 @@ class Wiener(OfStack):
 
     def __init__(self, stack: ParticleStack, *, contrast: str | None = None) -> None:
         super().__init__(stack, stack.images.shape[-1], own_pixel_size(stack), contrast)
-        rows = np.unique(np.linspace(0, len(stack) - 1, FEW).astype(int))
+        rows = stack.spread(FEW)
         y = self.seen(stack.images[rows])
         self.noise = background_spectrum(y)
         excess = np.maximum(power_spectrum(y, 1.0)[1] - self.noise, 0)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cryo_lib import checks
+from cryo_lib.evaluate.metrics import mse
 
 BROKEN = 0.3  # of the reference's range, below its background: a denoised image that falls deeper is broken
 
@@ -22,11 +23,10 @@ def scores(x: Any, x_hat: Any) -> dict[str, np.ndarray]:
     x, x_hat = checks.as_images("x", x, np.float64), checks.as_images("x_hat", x_hat, np.float64)
     checks.same_shape("x", x, "x_hat", x_hat)
     low, high = checks.grey_range("x", x)
-    error = np.square(x_hat - x).mean(axis=(1, 2))
     a, b = (images - images.mean(axis=(1, 2), keepdims=True) for images in (x, x_hat))
     length = np.sqrt(np.square(a).sum(axis=(1, 2)) * np.square(b).sum(axis=(1, 2)))
     return {
-        "psnr": 10 * np.log10((high - low) ** 2 / np.maximum(error, np.finfo(float).tiny)),
+        "psnr": 10 * np.log10((high - low) ** 2 / np.maximum(mse(x, x_hat), np.finfo(float).tiny)),
         "correlation": np.divide((a * b).sum(axis=(1, 2)), length, out=np.zeros(len(x)), where=length > 0),
         "broken": x_hat.min(axis=(1, 2)) < low - BROKEN * (high - low),
     }

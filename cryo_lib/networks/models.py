@@ -291,14 +291,14 @@ class UNet(nn.Module):
         self.image_size = checks.integer("image_size", image_size, low=8, multiple_of=8)
         channels = [multiple * checks.integer("width", width, low=1) for multiple in self.multiples]
         self.first = nn.Conv2d(1, channels[0], 3, padding=1)
-        self.down = nn.ModuleList([self._blocks(n) for n in channels[:-1]])
+        self.down = nn.ModuleList([self._blocks(n, self.blocks) for n in channels[:-1]])
         self.narrow = nn.ModuleList([nn.Conv2d(i, o, 1) for i, o in _pairs(*channels)])
         self.middle = self._blocks(channels[-1], self.bottom)
         self.widen = nn.ModuleList([nn.Conv2d(i, o, 1) for i, o in _pairs(*channels[::-1])])
-        self.up = nn.ModuleList([self._blocks(n) for n in channels[-2::-1]])
+        self.up = nn.ModuleList([self._blocks(n, self.blocks) for n in channels[-2::-1]])
         self.last = nn.Conv2d(channels[0], 1, 3, padding=1)
 
-    def _blocks(self, channels: int, number: int = 2) -> nn.Module:
+    def _blocks(self, channels: int, number: int) -> nn.Module:
         return nn.Sequential(*(Change(channels) for _ in range(number)))
 
     def forward(self, y: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from cryo_lib.networks.runs import Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
-KEYS = {
-    *"scale structure data baselines posterior classes screening studies supplement_studies particle_studies".split()
-}
-KEYS |= {*"kinds study train export reconstruct relion assign particles pairs denoise junk noises weights".split()}
+KEYS = {*"scale structure data baselines posterior classes screening studies supplement_studies".split()}
+KEYS |= {*"particle_studies kinds study train export reconstruct relion assign particles pairs denoise".split()}
+KEYS |= {*"junk noises weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
 DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
 

@@ -56,9 +56,8 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
 
-BEYOND = {
-    name for name, entry in METHODS.items() if entry.kind in ("ours", "posterior", "bound")
-}  # what the paper has not
+# What the paper has not.
+BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("ours", "posterior", "bound")}
 
 
 def among(names: Iterable[str]) -> dict[str, Entry]:

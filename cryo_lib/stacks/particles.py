@@ -94,10 +94,8 @@ class ParticleStack:
         else:
             table, optics, star = _read_star(path) if suffix == ".star" else (*cryosparc.read(path), None)
             images = find_images(path, table["rlnImageName"], project)
-            if star is None:
-                table["rlnImageName"] = table["rlnImageName"].str.replace(
-                    "@>", "@"
-                )  # the mark of a .cs has had its use
+            if star is None:  # the mark of a .cs has had its use
+                table["rlnImageName"] = table["rlnImageName"].str.replace("@>", "@")
         used = None if optics is None else optics.iloc[np.unique(_optics_rows(path, table, optics, images.shape[2]))]
         if by_hand := pixel_size is not None:
             pixel_size = checks.number("pixel_size", pixel_size, above=0.0)
@@ -107,6 +105,10 @@ class ParticleStack:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def spread(self, most: int) -> np.ndarray:
+        """Rows that lie evenly over the stack, ascending, at most so many."""
+        return np.unique(np.linspace(0, len(self) - 1, most).astype(int))
 
     @cached_property
     def poses(self) -> Poses | None:
@@ -152,7 +154,7 @@ class ParticleStack:
     @cached_property
     def normalisation(self) -> Normalisation:
         """Background level and spread, and the sign of the contrast, of up to 256 images spread over the stack."""
-        images = self.images[np.unique(np.linspace(0, len(self) - 1, BATCH).astype(int))]
+        images = self.images[self.spread(BATCH)]
         h, w = self.images.shape[1:]
         radius = np.hypot(*np.ogrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j])
         background = images[:, radius > 1]
@@ -287,12 +289,10 @@ def write(
 
 def _star_like(like: ParticleStack, columns: Mapping[str, np.ndarray], references: Iterator[str]) -> Iterable[bytes]:
     """The text of the star file of images in place of those of `like`."""
-    star, optics, table = like._star, like.optics, like.table
+    star, optics, table, sizes = like._star, like.optics, like.table, {}
     if like._by_hand:
         columns = resized(table, like.pixel_size) | columns
         sizes = {} if optics is None else resized(optics, like.pixel_size)
-    else:
-        sizes = {}
     if star is None:
         tables = {} if optics is None else {"optics": optics.assign(**sizes)}
         if optics is None or not set(MICROSCOPE) <= set(optics):  # RELION takes no such groups; it does as in 3.0

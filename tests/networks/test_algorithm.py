@@ -111,24 +111,21 @@ def test_contaminated_minibatches_stay_together():
     assert sorted(batch.tolist() for batch in batches) == [list(range(i, min(i + 4, 18))) for i in range(0, 18, 4)]
 
 
-def test_rates_fall_linearly_to_zero_over_the_last_share():
-    t = trainer(settings=varied(SMALL, {"decay": 0.5}))
+@pytest.mark.parametrize(
+    "setting, expected",
+    [
+        ({"decay": 0.5}, np.minimum(1, (1 - np.arange(10) / 10) / 0.5)),
+        ({"warmup": 0.5}, np.minimum(1, np.arange(10) / 10 / 0.5)),
+    ],
+)
+def test_rates_fall_to_zero_over_the_last_share_and_rise_from_zero_over_the_first(setting, expected):
+    t = trainer(settings=varied(SMALL, setting))
     rates = []
     for iteration in range(t.iterations):
         t.iteration = iteration
         t._set_rates()
         rates.append(t.optimise_g.param_groups[0]["lr"] / SMALL.eta_g)
-    np.testing.assert_allclose(rates, np.minimum(1, (1 - np.arange(10) / 10) / 0.5))
-
-
-def test_rates_rise_linearly_from_zero_over_the_first_share():
-    t = trainer(settings=varied(SMALL, {"warmup": 0.5}))
-    rates = []
-    for iteration in range(t.iterations):
-        t.iteration = iteration
-        t._set_rates()
-        rates.append(t.optimise_g.param_groups[0]["lr"] / SMALL.eta_g)
-    np.testing.assert_allclose(rates, np.minimum(1, np.arange(10) / 10 / 0.5))
+    np.testing.assert_allclose(rates, expected)
 
 
 def test_what_is_kept_is_the_moving_average_of_the_weights(double):
