@@ -74,11 +74,15 @@ def image_grid(
     titles: Sequence[str],
     limits: Sequence[tuple[float, float]],
     pixel_size: float,
-    columns: int,
+    columns: int | None = None,
     bar: float = 50.0,
     bar_in: int = 0,
 ) -> Figure:
-    """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in image `bar_in`."""
+    """Images in rows of `columns`, each on its own grey scale, a scale bar of `bar` A in image `bar_in`.
+
+    Without `columns` up to five are one row, and more two.
+    """
+    columns = columns or (len(images) if len(images) <= 5 else -(-len(images) // 2))
     rows = -(-len(images) // columns)
     side = WIDTH / columns
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.3)), squeeze=False)
