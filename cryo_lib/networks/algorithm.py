@@ -95,7 +95,7 @@ class Algorithm1:
 
         Parameters
         ----------
-        x, y : references and noisy images, `(m, 1, h, w)`.
+        x, y : references, or what stands in for them (`Method.target`), and noisy images, `(m, 1, h, w)`.
         mix : k_d times `(m,)`, uniform on [0, 1], of WGAN's gradient penalty.
         share : which part of the whole minibatch this is; losses are weighted by it, gradients summed over processes.
         """

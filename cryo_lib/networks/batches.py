@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 SHARE = 0.6  # of a GPU's free memory that pairs may take; the rest is for the networks and their passes
+HIDDEN, REACH = 0.015, 2  # share of an image's pixels that Noise2Void hides; pixels to those that stand in for them
 WORKERS, AHEAD = 2, 4  # processes that read streamed minibatches, and how many each reads ahead
 
 
@@ -86,3 +87,26 @@ def turned(images: Tensor, turns: Tensor) -> Tensor:
     for bit, change in enumerate((lambda a: a.mT, lambda a: a.flip(-1).roll(1, -1), lambda a: a.flip(-2).roll(1, -2))):
         images = torch.where((turns >> bit & 1).bool()[:, None, None, None], change(images), images)
     return images
+
+
+def hidden(images: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy images as targets and as a network may see them, where it must not learn to copy noise (Noise2Void).
+
+    Parameters
+    ----------
+    images : `(m, 1, h, w)`. draws : as `images`, uniform on [0, 1): which pixels are hidden, about the share `HIDDEN`.
+
+    Returns
+    -------
+    The images at hidden pixels and NaN elsewhere; and the images with one of the 24 pixels around it, at random, in the
+    place of each hidden one (over the edge, from the other side). Source: Krull et al. 2019.
+    """
+    side = 2 * REACH + 1
+    hides = draws < HIDDEN
+    pick = (draws * ((side**2 - 1) / HIDDEN)).long().clamp(max=side**2 - 2)
+    pick = pick + (pick >= side**2 // 2)  # not the pixel itself
+    (h, w), device = images.shape[-2:], images.device
+    rows = (torch.arange(h, device=device)[:, None] + pick // side - REACH) % h
+    columns = (torch.arange(w, device=device) + pick % side - REACH) % w
+    around = images.flatten(2).gather(2, (rows * w + columns).flatten(2)).view_as(images)
+    return images.where(hides, torch.nan), around.where(hides, images)

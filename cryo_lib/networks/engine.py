@@ -17,7 +17,7 @@ from torch import Tensor
 from cryo_lib.files import atomic, foreign
 from cryo_lib.networks import models, parallel, pggan
 from cryo_lib.networks.algorithm import Algorithm1, Settings
-from cryo_lib.networks.batches import Batches, turned
+from cryo_lib.networks.batches import Batches, hidden, turned
 from cryo_lib.networks.losses import Method
 from cryo_lib.networks.replay import Replayed
 
@@ -148,6 +148,8 @@ class Trainer(Algorithm1):
             decay = min(self.settings.average, self.iteration / (10 + self.iteration))
             move = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
             move([*self.kept.parameters()], [*self.generator.parameters()], self.iteration)
+            for kept, present in zip(self.kept.buffers(), self.generator.buffers()):
+                kept.copy_(present)
 
     def _minibatches(self, epoch: int, chosen: slice) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """This process's part of some minibatches of an epoch: references, noisy images, mixing, how large a part."""
@@ -159,6 +161,8 @@ class Trainer(Algorithm1):
         taken = self.batches.take(order)
         if self.settings.augment:
             taken = self._augmented(taken, epoch, order)
+        if self.method.target == "itself":
+            taken = self._hidden(taken, whole, epoch, chosen.start)
         for rows, part, (x, y), mix in zip(whole, order, taken, mixing):
             yield x, y, mix[:, : len(rows)][:, parallel.part(len(rows))], len(part) / len(rows)
 
@@ -169,6 +173,16 @@ class Trainer(Algorithm1):
         turns = torch.randint(8, (len(self.batches),), generator=self._draws(epoch))[torch.cat(order)]
         for (x, y), each in zip(taken, turns.to(self.device).split([len(part) for part in order])):
             yield turned(x, each), turned(y, each)
+
+    def _hidden(
+        self, taken: Iterable[tuple[Tensor, Tensor]], whole: list[Tensor], epoch: int, first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Minibatches of noisy images alone, with pixels that G does not see, others in every epoch."""
+        draws = torch.Generator(self.device)
+        for i, ((_, y), rows) in enumerate(zip(taken, whole), epoch * self.iterations_per_epoch + first):
+            draws.manual_seed(1_000_003 * self.seed + i)
+            drawn = torch.rand((len(rows), *y.shape[1:]), generator=draws, device=self.device)
+            yield hidden(y, drawn[parallel.part(len(rows))])
 
     def _step(self, x: Tensor, y: Tensor, mix: Tensor, share: float) -> dict[str, Tensor]:
         x = self._grow(x)
@@ -211,7 +225,7 @@ class Trainer(Algorithm1):
         if not isinstance(self.generator, pggan.Growing):
             return x
         progress = self.iteration / self.iterations
-        for network in filter(None, (self.generator, self.discriminator)):
+        for network in filter(None, (self.generator, self.kept, self.discriminator)):
             network.progress = progress
         return pggan.seen(x, progress)
 

@@ -15,6 +15,7 @@ from cryo_lib import checks
 from cryo_lib.networks import parallel
 
 LOSSES = ("l1", "l2", "trimmed", "welsch")
+TARGETS = {"noise2noise": "copy", "noise2void": "itself"}  # ids of methods that see no reference
 WELSCH_WIDTH = 4.0  # of Welsch's loss, in medians of a minibatch's errors
 
 
@@ -162,29 +163,41 @@ class Method:
     adversary : "none", "beta" (Eq. 5) or "wgan_gp" (Eq. 8).
     loss : "l1" or "l2", the paper's |x_hat - x|^p; "trimmed" or "welsch", robust ones of |x_hat - x|^2 an image.
     alpha, beta : of the "beta" adversary, each in [-1, 1].
+    target : what the denoised image is compared with: "reference"; "copy", the same image with other noise (Lehtinen et
+        al. 2018); "itself", the noisy image at pixels that the network does not see (Krull et al. 2019).
     """
 
     adversary: str
     loss: str
     alpha: float = 0.0
     beta: float = 0.0
+    target: str = "reference"
 
     def __post_init__(self) -> None:
         checks.choice("adversary", self.adversary, ("none", "beta", "wgan_gp"))
         checks.choice("loss", self.loss, LOSSES)
+        checks.choice("target", self.target, ("reference", *TARGETS.values()))
+        if self.target != "reference" and self.adversary != "none":
+            raise ValueError(
+                f"target: expected reference, which the adversary {self.adversary} tells from denoised "
+                f"images, got {self.target}"
+            )
         for name in ("alpha", "beta"):
             checks.number(name, getattr(self, name), low=-1, high=1)
 
     @classmethod
     def parse(cls, name: str) -> Method:
-        """The method of an id: `l2_ae`, `trimmed_ae`; or an adversary and a loss, `js_l1`, `beta_05_m1_l1`.
+        """The method of an id: `l2_ae`, `trimmed_ae`; an adversary and a loss, `js_l1`, `beta_05_m1_l1`; `noise2void`.
 
         In numbers `05` is .5, `1` is 1 and `m1` is -1; `js` is `beta_0_0`. ValueError for what is no such id.
         """
+        if name in TARGETS:
+            return cls("none", "l2", target=TARGETS[name])
         number, loss = "(?!m0_)m?[0-9](?:[0-9]*[1-9])?", "|".join(LOSSES)  # one way to write each: names are keys
         match = re.fullmatch(rf"({loss})_ae|(js|wgan_gp|beta_({number})_({number}))_({loss})", str(name))
         if not match:
             forms = "l1_ae, l2_ae, js_l1, wgan_gp_l1 or beta_<alpha>_<beta>_l1 such as beta_05_m1_l1 (.5, -1)"
+            forms += f", {', '.join(TARGETS)}"
             losses = f"losses are {', '.join(LOSSES)}"
             raise ValueError(f"method: expected an id such as {forms}; {losses}; got {name!r}")
         alone, adversary, *powers, beside = match.groups()
@@ -230,8 +243,11 @@ class Method:
         return reduce_images(self.fake(discriminator(x_hat)), reduction)
 
     def reconstruction_loss(self, x_hat: Tensor, x: Tensor, reduction: str) -> Tensor:
-        """The loss of each image, `reduction` "mean" or "sum" over pixels; then the mean over images, robust or not."""
-        difference = x_hat - x
+        """The loss of each image, `reduction` "mean" or "sum" over pixels; then the mean over images, robust or not.
+
+        Pixels where x is NaN are compared with nothing, and count as no error.
+        """
+        difference = torch.where(x.isnan(), 0.0, x_hat - x)
         errors = _each_image(difference.abs() if self.loss == "l1" else difference.square(), reduction)
         return {"trimmed": trimmed, "welsch": welsch}.get(self.loss, torch.mean)(errors)
 

@@ -47,8 +47,13 @@ class Run:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        Method.parse(self.method)
-        Experiment.parse(self.experiment)
+        target, experiment = Method.parse(self.method).target, Experiment.parse(self.experiment)
+        if target != "reference" and experiment.kind != "none":
+            raise ValueError(f"{self.method}: expected no contamination, since it sees no reference, got {experiment}")
+        if target == "copy" and experiment.protocol == MEASURED:
+            raise ValueError(
+                f"{self.method}: expected simulated images, to add noise to twice, got {experiment}; try noise2void"
+            )
         checks.integer("seed", self.seed, low=0)
         if not re.fullmatch("[a-z0-9_.]*", str(self.variant)) or str(self.variant).startswith((".", "seed")):
             raise ValueError(
@@ -126,8 +131,14 @@ def run(
     options = {
         name: getattr(settings, name) for name in ("noise", "unit", "batch_size", "jitter_degrees", "jitter_pixels")
     }
-    if settings.screen and settings.redraw:
-        raise ValueError("screen: expected redraw: false, since each draw would leave out other pairs; leave one away")
+    target = Method.parse(task.method).target
+    for name in ("redraw", "fresh_noise"):
+        if settings.screen and getattr(settings, name):
+            raise ValueError(
+                f"screen: expected {name}: false, since each epoch would leave out other pairs; leave one away"
+            )
+    if settings.screen and target != "reference":
+        raise ValueError(f"screen: expected false for {task.method}, which sees no reference; leave it away")
     if settings.fresh_noise and experiment.protocol == MEASURED:
         raise ValueError(f"fresh_noise: expected false for {experiment}, whose noise was measured; leave it away")
 
@@ -135,6 +146,8 @@ def run(
         fresh = [dataset.card["seed"], task.seed, epoch] if settings.fresh_noise and epoch else None
         draw = epoch if settings.redraw else 0
         x, y = dataset.training_pairs(experiment, task.seed, fresh, draw=draw, **options)
+        if target == "copy":
+            x = dataset.noisy(x, experiment, [dataset.card["seed"], task.seed, epoch if fresh else 0, 1])
         kept = contamination.screen(x, y) if settings.screen else slice(None)
         return x[kept], y[kept]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 PAIRS, LEVEL, STACK = "training pairs", "the noise level", "the stack of noisy images"
+COPIES = "two noisy images of each particle"
 REFERENCES, TRUTH, NOTHING = "clean references", "the true volumes", "nothing"
 
 CLEAN = (PAIRS, REFERENCES, TRUTH)  # what holds clean images
@@ -51,6 +52,8 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
     "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
     "ours": Entry("U-Net, screened", "ours", "#004488", "d", PAIRS),
+    "noise2noise": Entry("Noise2Noise", "ours", "#6699cc", "1", COPIES),
+    "noise2void": Entry("Noise2Void", "ours", "#997700", "2", STACK),
     "classes": Entry("Class averages (EM)", "posterior", "#ee7733", "d", STACK),
     "posterior": Entry("Posterior", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),

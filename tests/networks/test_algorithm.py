@@ -141,6 +141,8 @@ def test_what_is_kept_is_the_moving_average_of_the_weights(double):
     for name, value in t.kept.named_parameters():
         torch.testing.assert_close(value.detach(), expected[name])
     assert plain.kept is plain.generator
+    for kept, present in zip(t.kept.buffers(), t.generator.buffers()):
+        assert torch.equal(kept, present)
 
 
 def test_pairs_are_turned_together_and_anew_in_every_epoch():

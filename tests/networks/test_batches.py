@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_lib.networks.batches import Batches, turned
+from cryo_lib.networks.batches import HIDDEN, REACH, Batches, hidden, turned
 
 CPU = torch.device("cpu")
 ORDER = [torch.tensor([5, 0, 3]), torch.tensor([1, 2]), torch.tensor([4])]
@@ -72,3 +72,21 @@ def test_the_eight_turns_are_the_squares_symmetries_about_the_centre():
     assert len(known) == 8 and (eight[:, 0, 4, 4] == images[0, 0, 4, 4]).all()
     twice = turned(eight.repeat_interleave(8, 0), torch.arange(8).repeat(8))
     assert {image.numpy().tobytes() for image in twice} == known
+
+
+def test_hidden_pixels_are_replaced_by_pixels_around_them_and_are_all_that_has_a_target():
+    """About 1.5 % of them; each of the 24 neighbours serves alike, the pixel itself never."""
+    n, side = 20, 32
+    images = torch.arange(n * side * side, dtype=torch.float32).view(n, 1, side, side)
+    draws = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    targets, seen = hidden(images, draws)
+    hides = ~targets.isnan()
+    assert torch.equal(targets[hides], images[hides]) and torch.equal(seen[~hides], images[~hides])
+    assert hides.float().mean().item() == pytest.approx(HIDDEN, rel=0.15)
+    at, of = images[hides].long(), seen[hides].long()
+    assert torch.equal(at // side**2, of // side**2)  # of the same image
+    half = side // 2
+    dy = ((of % side**2) // side - (at % side**2) // side + half) % side - half
+    dx = (of % side - at % side + half) % side - half
+    assert dy.abs().max() == dx.abs().max() == REACH and (dy.abs() + dx.abs()).min() > 0
+    assert len(set(zip(dy.tolist(), dx.tolist()))) == 24

@@ -150,6 +150,8 @@ def test_an_unknown_adversary_is_refused():
         ("wgan_gp_l1", losses.Method("wgan_gp", "l1")),
         ("beta_05_05_l1", losses.Method("beta", "l1", 0.5, 0.5)),
         ("beta_m1_01_l2", losses.Method("beta", "l2", -1.0, 0.1)),
+        ("noise2noise", losses.Method("none", "l2", target="copy")),
+        ("noise2void", losses.Method("none", "l2", target="itself")),
     ],
 )
 def test_an_id_is_its_method(name, method):
@@ -166,6 +168,23 @@ def test_what_is_no_id_is_named(name):
 def test_an_id_outside_the_family_is_named():
     with pytest.raises(ValueError, match="method 'beta_2_0_l1': alpha: expected a finite number >= -1 and <= 1, got 2"):
         losses.Method.parse("beta_2_0_l1")
+
+
+def test_an_adversary_needs_references_to_tell_from_denoised_images():
+    with pytest.raises(ValueError, match="target: expected reference, which the adversary beta .* got itself"):
+        losses.Method("beta", "l1", target="itself")
+
+
+@pytest.mark.parametrize("name", ["l1_ae", "l2_ae"])
+def test_pixels_without_a_target_count_for_nothing(name):
+    """The loss is that of the pixels that have one, over all pixels; the gradient elsewhere is 0."""
+    method, x_hat = losses.Method.parse(name), torch.rand(3, 1, 4, 4, requires_grad=True)
+    x, known = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4) < 0.4
+    loss = method.reconstruction_loss(x_hat, x.where(known, torch.nan), "mean")
+    power = 1 if name == "l1_ae" else 2
+    assert loss.item() == pytest.approx(((x_hat - x)[known].abs() ** power).sum().item() / x.numel())
+    loss.backward()
+    assert not x_hat.grad[~known].any() and x_hat.grad[known].all()
 
 
 @pytest.mark.parametrize("name", ["js_l1", "beta_1_1_l2", "wgan_gp_l1"])

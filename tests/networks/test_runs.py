@@ -310,5 +310,47 @@ def test_screened_pairs_that_do_not_belong_together_are_left_out(data, tmp_path,
         runs.run(task, varied(SMALL, {"screen": True}), *arguments, scores=SCORES)
     assert len(seen["x"]) == len(seen["y"]) and 38 <= len(seen["x"]) <= 42
     assert all((image == x).all(axis=(1, 2)).any() for image in seen["x"])
-    with pytest.raises(ValueError, match="screen: expected redraw: false"):
-        runs.run(task, varied(SMALL, {"screen": True, "redraw": True}), *arguments, scores=SCORES)
+    for name in ("redraw", "fresh_noise"):
+        with pytest.raises(ValueError, match=f"screen: expected {name}: false"):
+            runs.run(task, varied(SMALL, {"screen": True, name: True}), *arguments, scores=SCORES)
+    with pytest.raises(ValueError, match="screen: expected false for noise2void, which sees no reference"):
+        runs.run(Run("noise2void", "awgn-0.5-none", 0), varied(SMALL, {"screen": True}), *arguments, scores=SCORES)
+
+
+@pytest.mark.parametrize("method", ["noise2noise", "noise2void"])
+def test_methods_without_references_see_none(method, data, tmp_path, monkeypatch):
+    """What the network is compared with is noisy: itself where it is hidden, or a copy whose noise is its own."""
+    seen, plain = [], runs.Trainer
+
+    def watch(*arguments):
+        seen.append(plain(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "Trainer", watch)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(Run(method, "awgn-0.5-none", 0), SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", scores=SCORES)
+    (t,), clean = seen, torch.from_numpy(np.load(data / "x_train.npy")).unsqueeze(1)
+    (x, y, *_), rows = next(t._minibatches(0, slice(0, 1))), t.epoch_batches(0)[0]
+    known = ~x.isnan()
+    if method == "noise2void":
+        noisy = torch.from_numpy(t.pairs(0)[1]).unsqueeze(1)[rows]
+        assert torch.equal(x[known], noisy[known]) and 0 < known.float().mean() < 0.05
+        assert torch.equal(y[~known], noisy[~known]) and (y[known] != noisy[known]).all()
+        other = next(t._minibatches(1, slice(0, 1)))[0]
+        assert not torch.equal(known, ~other.isnan())
+    else:
+        noise, copy = y - clean[rows], x - clean[rows]
+        assert known.all() and copy.std().item() == pytest.approx(noise.std().item(), rel=0.1)
+        assert abs(np.corrcoef(noise.flatten(), copy.flatten())[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(
+    "method, experiment, message",
+    [
+        ("noise2void", "awgn-0.5-A_0.3", "noise2void: expected no contamination, since it sees no reference"),
+        ("noise2noise", "measured-none", "noise2noise: expected simulated images.*try noise2void"),
+    ],
+)
+def test_methods_without_references_are_refused_what_they_cannot_learn_from(method, experiment, message):
+    with pytest.raises(ValueError, match=message):
+        Run(method, experiment, 0)
