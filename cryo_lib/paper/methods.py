@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     Attributes
     ----------
     label : its name in tables and figures, as printed in Table 1.
-    kind : "network" (of the paper) | "classical" | "ours" | "posterior" | "bound" | "reference".
+    kind : "network" (of the paper) | "classical" | "ours" | "self-supervised" | "posterior" | "bound" | "reference".
     colour, marker : matplotlib's. needs : what it is told beside the noisy image.
     """
 
@@ -52,15 +52,15 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "beta_05_m05_l1": Entry("(.5,−.5)-GAN + ℓ1", "network", "#117733", "p", PAIRS),
     "beta_01_m01_l1": Entry("(.1,−.1)-GAN + ℓ1", "network", "#ccae51", "h", PAIRS),
     "ours": Entry("U-Net, screened", "ours", "#004488", "d", PAIRS),
-    "noise2noise": Entry("Noise2Noise", "ours", "#6699cc", "1", COPIES),
-    "noise2void": Entry("Noise2Void", "ours", "#997700", "2", STACK),
+    "noise2noise": Entry("Noise2Noise", "self-supervised", "#6699cc", "1", COPIES),
+    "noise2void": Entry("Noise2Void", "self-supervised", "#997700", "2", STACK),
     "classes": Entry("Class averages (EM)", "posterior", "#ee7733", "d", STACK),
     "posterior": Entry("Posterior", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
 
 # What the paper has not.
-BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("ours", "posterior", "bound")}
+BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("ours", "self-supervised", "posterior", "bound")}
 
 
 def among(names: Iterable[str]) -> dict[str, Entry]:

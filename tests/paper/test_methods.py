@@ -19,16 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_method_of_a_scale_has_an_entry_of_its_kind(path):
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
     networks = {method for study in params["study"].values() for method in study["methods"]}
-    assert {entry.kind for entry in methods.among(networks).values()} == {"network"}
+    assert {entry.kind for entry in methods.among(networks).values()} == {"network", "self-supervised"}
     assert {entry.kind for entry in methods.among(params["baselines"]["baseline_methods"]).values()} == {"classical"}
 
 
 def test_kinds_are_what_the_library_can_run():
     kinds = {name: entry.kind for name, entry in methods.METHODS.items()}
     assert {name for name, kind in kinds.items() if kind == "classical"} == set(classical.METHODS)
-    assert set(kinds.values()) == {"network", "classical", "ours", "posterior", "bound", "reference"}
-    for name in [name for name, kind in kinds.items() if kind == "network"]:
+    assert set(kinds.values()) == {"network", "classical", "ours", "self-supervised", "posterior", "bound", "reference"}
+    for name in [name for name, kind in kinds.items() if kind in ("network", "self-supervised")]:
         assert Method.parse(name).loss in LOSSES
+        assert (Method.parse(name).target == "reference") == (kinds[name] == "network")
 
 
 def test_no_two_methods_share_a_label_or_a_colour_and_no_two_networks_a_marker():
