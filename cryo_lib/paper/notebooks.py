@@ -17,6 +17,8 @@ import yaml
 
 from cryo_lib.files import closure, write_text
 
+PATIENCE = 300  # s, with a kernel that starts, or sends what a cell showed, on a machine that is busy
+
 
 class NotebookError(RuntimeError):
     """A notebook was given wrong parameters, or one of its cells failed."""
@@ -117,6 +119,7 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
     """
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     notebook = Path(notebook)
@@ -127,13 +130,19 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
     kernel = {"kernel_name": "python3", "language": "python"}
-    kernel |= {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    kernel |= {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"], "start_timeout": PATIENCE}
+    kernel |= {"iopub_timeout": PATIENCE, "raise_on_iopub_timeout": True}  # else what comes late is left out
     streams = {"log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     try:
         papermill.execute_notebook(notebook, out, parameters, **kernel, **streams)
     except PapermillExecutionError as error:
         what = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
         raise NotebookError(f"{notebook}: {what} (executed copy: {out})") from error
+    except (CellTimeoutError, DeadKernelError) as error:
+        what = "expected its process to live to the end, got one that was killed or does not answer"
+        raise NotebookError(
+            f"{notebook}: {what}; free memory for it, and run it again (executed copy: {out})"
+        ) from error
     return out
 
 

@@ -50,6 +50,15 @@ def test_a_failing_cell_is_one_line_with_the_way_to_it(notebook, capsys):
     assert out.is_file()
 
 
+def test_a_kernel_that_dies_is_one_line_with_the_way_out(notebook, capsys):
+    book = nbformat.read(notebook, 4)
+    book.cells.append(nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)"))
+    nbformat.write(book, notebook)
+    assert notebooks.main(["run", str(notebook), str(notebook.parent / "out.ipynb")]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"error: {notebook}: expected its process to live to the end, got one that was killed")
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
