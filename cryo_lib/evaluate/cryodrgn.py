@@ -43,12 +43,11 @@ class CryodrgnError(RuntimeError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What cryoDRGN reads: the stack, the poses, and the CTF where the images have one; `pixel_size` in A."""
+    """What cryoDRGN reads: the stack, the poses, and the CTF where the images have one."""
 
     particles: Path
     poses: Path
     ctf: Path | None
-    pixel_size: float
 
     @property
     def arguments(self) -> list[Any]:
@@ -101,7 +100,7 @@ def write_inputs(stack: ParticleStack, folder: str | Path, *, ctf: bool = True) 
     if table is not None:
         sizes = np.broadcast_to([w, pixel_size], (n, 2))
         _pickle(folder / "ctf.pkl", np.hstack([sizes, table[_CTF].to_numpy()]).astype(np.float32))
-    return Inputs(particles, folder / "poses.pkl", None if table is None else folder / "ctf.pkl", pixel_size)
+    return Inputs(particles, folder / "poses.pkl", None if table is None else folder / "ctf.pkl")
 
 
 def train(
@@ -180,7 +179,7 @@ def volumes(out: str | Path, z: Any, pixel_size: float, program: str | Path = PR
 
 
 def _found(program: str | Path) -> str:
-    found = shutil.which(program)
+    found = shutil.which(str(program))
     if found is None:
         raise CryodrgnMissing(
             f"{program}: expected cryoDRGN's command, got no such program; `make cryodrgn` installs it"

@@ -84,7 +84,7 @@ def test_a_stack_that_cannot_be_handed_over_is_refused(star, tmp_path, damage):
         path, message = particles.write(tmp_path / "a.mrcs", stack.images[:], like=stack), "known poses, got no rlnAng"
     elif damage == "box":
         message = "even, square box, got 31 x 31"
-        particles.new(path, stack.images[:, 1:, 1:], stack.poses.rotations, PIXEL)
+        particles.new(path, stack.images[:][:, 1:, 1:], stack.poses.rotations, PIXEL)
     else:
         message = "expected rlnCtfBfactor 0"
         particles.write(path, stack.images[:], like=stack, columns={"rlnCtfBfactor": np.full(N, 50.0)})
