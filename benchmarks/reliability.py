@@ -1,4 +1,4 @@
-"""`make reliability`: every bad input is tried, and docs/reliability.md says what each of them says."""
+"""`make reliability`: every bad input and interruption is tried; docs/reliability.md says what comes of each."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import cryo_lib
+from benchmarks import interrupted
 from benchmarks.bad_inputs import FAMILIES, Input, cs_bytes, facts, images, inputs, star
 from cryo_lib.files import write_text
 from cryo_lib.networks import models
@@ -122,6 +123,8 @@ def main(out: Path = Path("docs/reliability.md")) -> int:
             result = 0 if said.startswith("read: ") else 1 if right else 2
             wrong += [f"{kind}, {given.what}: {said}"] if result == 2 else []
             counts[kind, result] += 1
+    stops = interrupted.measure()
+    wrong += [f"{what}: {came}" for what, came, right in stops if not right]
     kinds = dict.fromkeys(kind for kind, _ in counts)
     parts = [
         "# Bad inputs, and what they say",
@@ -132,6 +135,8 @@ def main(out: Path = Path("docs/reliability.md")) -> int:
         f"Of {MUTATIONS} good files of each kind with a few bytes changed at random:",
         "| Kind | Read | Refused | Another library's error |\n|---|---|---|---|\n"
         + "\n".join(f"| {kind} | {' | '.join(str(counts[kind, result]) for result in range(3))} |" for kind in kinds),
+        f"`dvc repro {interrupted.TARGET}` at the ci scale, interrupted:",
+        "| Interruption | Outcome |\n|---|---|\n" + "\n".join(f"| {what} | {came} |" for what, came, _ in stops),
         "| Kind | Input | Outcome |\n|---|---|---|\n" + "\n".join(rows),
     ]
     write_text(out, "\n\n".join(parts) + "\n")

@@ -1,4 +1,4 @@
-"""What a scale found, for readers: RESULTS.md, and the table in the README. `python -m cryo_lib.paper.report`"""
+"""What a scale found, for readers: its page of results, and the README's table. `python -m cryo_lib.paper.report`"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cryo_lib.files import enter_root, write_text
 from cryo_lib.paper import tables
 
 FIRST = "20"  # notebooks from this number on show results
+LARGER = ("paper", "workstation")  # scales with pages of their own; the one that says most comes first
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def placed(found: list[Stage]) -> dict[Stage, list[Stage]]:
 
 
 def results(scale: str) -> str:
-    """RESULTS.md: a section a notebook that shows results: its claim, figures and tables, or that they are missing."""
+    """A section a notebook that shows results: its claim, figures and tables, or that they are missing."""
     found = stages(yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8")), scale)
     copies = [path.as_posix() for path in sorted(Path("paper", scale).glob("*.ipynb")) if path.name < FIRST]
     parts = [
@@ -133,12 +134,22 @@ def insert(path: str | Path, marker: str, text: str) -> bool:
     return after != before
 
 
+def page(scale: str) -> str:
+    """The file that holds the results of a scale."""
+    return f"RESULTS-{scale}.md" if scale in LARGER else "RESULTS.md"
+
+
+def shown(scale: str) -> str:
+    """The scale whose Table 1 the README shows: the first of `LARGER` that has one, else `scale`."""
+    return next((name for name in LARGER if Path("results", name, "table1.csv").is_file()), scale)
+
+
 def main() -> None:
-    """Write RESULTS.md and the README's table for the scale in params.yaml."""
+    """Write the results of the scale in params.yaml, and the README's table."""
     enter_root()
     scale = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["scale"]
-    write_text("RESULTS.md", results(scale))
-    insert("README.md", "table1", short_table(scale))
+    write_text(page(scale), results(scale))
+    insert("README.md", "table1", short_table(shown(scale)))
 
 
 if __name__ == "__main__":

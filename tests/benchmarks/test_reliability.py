@@ -1,11 +1,17 @@
 """Bad inputs are read as they should be, or refused by an error of this library that says what and the way out."""
 
+import signal
+import subprocess
+import sys
 from collections import Counter
 
+import psutil
 import pytest
 
-from benchmarks import bad_inputs, reliability
+from benchmarks import bad_inputs, interrupted, reliability
 from benchmarks.bad_inputs import Input
+from benchmarks.worker import ROOT
+from cryo_lib.paper.experiments import read_scale
 
 
 @pytest.mark.parametrize("family", bad_inputs.FAMILIES, ids=lambda family: family.__name__)
@@ -43,3 +49,21 @@ def raised(error: Exception) -> None:
 def test_what_another_raises_and_what_is_read_wrongly_does_not_pass(attempt, tmp_path):
     assert not reliability.outcome(Input("a kind", "a thing", attempt), tmp_path)[1]
     assert not reliability.outcome(Input("a kind", "a thing", attempt, reads=8), tmp_path)[1]
+
+
+def test_a_process_is_killed_with_all_that_it_started():
+    code = (
+        "import subprocess as s; p = s.Popen(['sleep', '99'], start_new_session=True); print(p.pid, flush=1); p.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(process.stdout.readline()))
+    interrupted.kill(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive does not say which files are the repository's")
+def test_a_copy_is_the_repository_at_the_ci_scale_without_results(tmp_path):
+    folder = interrupted.copy(tmp_path / "copy")
+    assert read_scale(folder / "params.yaml")["scale"] == "ci" and (folder / "dvc.yaml").is_file()
+    assert not any((folder / name).exists() for name in ("results", "dvc.lock", ".git"))

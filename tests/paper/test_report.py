@@ -15,7 +15,7 @@ from cryo_lib.paper import methods, report
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
-    "RESULTS.md",
+    *(p.name for p in ROOT.glob("RESULTS*.md")),
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
@@ -53,12 +53,14 @@ def test_every_row_of_the_map_names_what_exists(row):
 
 def test_what_is_committed_is_what_would_be_written(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert report.results(SCALE) == (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"<!-- table1 -->\n{report.short_table(SCALE)}<!-- /table1 -->" in README
+    for scale in (SCALE, *(name for name in report.LARGER if (ROOT / report.page(name)).is_file())):
+        assert report.results(scale) == (ROOT / report.page(scale)).read_text(encoding="utf-8")
+    assert f"<!-- table1 -->\n{report.short_table(report.shown(SCALE))}<!-- /table1 -->" in README
 
 
-def test_the_readmes_numbers_are_the_results():
-    values = pd.read_csv(ROOT / "results" / SCALE / "table1.csv").set_index(["experiment", "method"])
+def test_the_readmes_numbers_are_the_results(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    values = pd.read_csv(ROOT / "results" / report.shown(SCALE) / "table1.csv").set_index(["experiment", "method"])
     paper = pd.read_csv(ROOT / "results" / "preprint" / "table1.csv").set_index(["snr", "method"])
     names = {label: name for name, label in methods.labels().items()}
     table = README.partition("<!-- table1 -->")[2].partition("<!-- /table1 -->")[0]
@@ -116,6 +118,26 @@ def test_results_hold_the_claim_the_figure_and_the_tables_and_are_written_once(h
     assert found == sorted(found)
     report.main()
     assert (text, readme) == tuple((house / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "README.md"))
+
+
+def test_a_larger_scale_has_a_page_of_its_own_and_the_readmes_table(house):
+    report.main()
+    before = (house / "RESULTS.md").read_text(encoding="utf-8")
+    write_text(
+        house / "results" / "preprint" / "table1.csv",
+        "method,snr,mse,mse_sd,psnr,psnr_sd,ssim,ssim_sd\nbm3d,0.1,0.04,0,14.54,0.15,0.2,0\n",
+    )
+    write_text(house / "results" / "workstation" / "table1.md", "Test images: 4.\n")
+    header = "method,experiment,mse,psnr,ssim,mse_sd,psnr_sd,ssim_sd,n_seeds,mse_best,psnr_best,ssim_best\n"
+    row = "bm3d,awgn-0.1-none,0.01,20.0,0.5,,,,1,True,True,True\n"
+    write_text(house / "results" / "workstation" / "table1.csv", header + row)
+    report.main()
+    readme = (house / "README.md").read_text(encoding="utf-8")
+    assert "scale `workstation`. Test images: 4." in readme and "| BM3D | 14.54 ± 0.15 | **20.00** | — |" in readme
+    assert (house / "RESULTS.md").read_text(encoding="utf-8") == before
+    write_text(house / "params.yaml", "scale: workstation\n")
+    report.main()
+    assert "# Results at the scale `workstation`" in (house / "RESULTS-workstation.md").read_text(encoding="utf-8")
 
 
 def test_a_table_that_nothing_shows_is_refused(house):
