@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup scm repro gpu test bench reliability book strip lab clean
+.PHONY: setup scm repro gpu test bench cryodrgn reliability book strip lab clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,12 @@ bench: setup
 	@test -d build/topaz/topaz || pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0 \
 		|| echo "Topaz-Denoise could not be installed: its row will say so"
 	python -m benchmarks
+
+# cryoDRGN (GPL-3.0), which notebook 43 hands our stacks to: in an environment of its own, and no dependency.
+cryodrgn:
+	$(PYTHON) -m venv build/cryodrgn
+	build/cryodrgn/bin/pip install --quiet torch==2.13.0
+	build/cryodrgn/bin/pip install --quiet cryodrgn==4.3.1
 
 # Bad inputs, tried one by one: docs/reliability.md says what each of them says.
 reliability: setup
