@@ -180,7 +180,7 @@ def test_the_ci_scale_makes_every_output(ci_run):
                     made = path.replace("${item.study}", study).replace("${item.network}", network)
                     made = made.replace("${weights.weights_method}", "beta_05_05_l1")
                     assert (ci_run / made).exists(), made
-    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 2 + 8 + 2 + 2 + 2 + 8
+    assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 2 + 2 + 8 + 2 + 2 + 2 + 8
 
 
 def test_a_second_run_is_up_to_date(ci_run):
@@ -251,7 +251,7 @@ def test_a_missing_run_stops_the_evaluation(ci_run, tmp_path):
     folder = copied(ci_run, tmp_path / "gap")
     next((folder / "runs/ci/table1").rglob("generator.safetensors")).unlink()
     done = run_notebook(folder, "04")
-    assert done.returncode == 1 and "1 of 22 runs are missing, the first runs/ci/table1" in done.stderr
+    assert done.returncode == 1 and "1 of 24 runs are missing, the first runs/ci/table1" in done.stderr
 
 
 def test_exported_stacks_are_new_images_with_their_poses(ci_run):
