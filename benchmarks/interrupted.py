@@ -10,17 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+import yaml
 
 from benchmarks.worker import ROOT
 
 TARGET = "reconstruct"  # and all before it: structures, projections, trainings, stacks denoised
 KILLS = 20
-ROOM = 200_000  # bytes that a file may have where the disk is full
+ROOM = 60_000  # bytes that a file may have, as where the disk is full
 READY = 6.0  # s, about, that `dvc repro` takes to its first stage
 
 
@@ -36,14 +38,17 @@ def copy(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, target: str = TARGET, before: Callable[[], None] | None = None) -> subprocess.Popen:
-    """`dvc repro` of a copy, whose output goes to a file beside it."""
+def environment(folder: Path) -> dict[str, str]:
+    """The environment of a command of a copy: this Python's programs, the copy's library."""
     paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+    return os.environ | paths
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """`dvc repro` of a copy, whose output goes to a file beside it."""
+    command = [sys.executable, "-m", "dvc", "repro", TARGET]
     with open(f"{folder}.log", "a") as log:
-        command = [sys.executable, "-m", "dvc", "repro", target]
-        return subprocess.Popen(
-            command, cwd=folder, env=os.environ | paths, stdout=log, stderr=subprocess.STDOUT, preexec_fn=before
-        )
+        return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
 
 
 def said(folder: Path) -> str:
@@ -64,9 +69,9 @@ def kill(process: subprocess.Popen) -> None:
     psutil.wait_procs(whole, timeout=10)
 
 
-def outcome(folder: Path) -> str:
-    """The lock file: a digest of every stage's code, parameters, and what it made."""
-    return (folder / "dvc.lock").read_text()
+def outcome(folder: Path) -> dict[str, Any]:
+    """The lock file: a digest of every stage's code, parameters, and what it made, in whatever order they ran."""
+    return yaml.safe_load((folder / "dvc.lock").read_text())
 
 
 def killed(folder: Path, seconds: float, kills: int, seed: int = 0) -> list[str]:
@@ -78,7 +83,7 @@ def killed(folder: Path, seconds: float, kills: int, seed: int = 0) -> list[str]
     while True:
         process = start(folder)
         try:
-            process.wait(READY + rng.uniform(0, 2 * seconds / kills) if len(hit) < kills else None)
+            process.wait(READY + rng.uniform(0, seconds / kills) if len(hit) < kills else None)
         except subprocess.TimeoutExpired:
             kill(process)
             hit.append((re.findall(r"Running stage '([^@']+)", said(folder)) or ["none yet"])[-1])
@@ -98,27 +103,33 @@ def twice(folder: Path) -> tuple[bool, bool]:
 
 
 def full(folder: Path) -> bool:
-    """A run whose files may not grow beyond `ROOM`: whether it ended with an error that names what was too large."""
-    limit = (ROOM, ROOM)
-    process = start(folder, "projections", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    return process.wait() != 0 and "File too large" in said(folder)
+    """A stage made again where no file may grow beyond `ROOM`: an error, and the files before are as they were."""
+    made = folder / "data" / "ci" / "rnap"
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    command = [sys.executable, "-m", "cryo_lib.paper.notebooks", "run", "01", "-p", "scale", "ci", "-s", "data"]
+    command += ["-p", "core_chain", "C", "-p", "clamp_chain", "D"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (ROOM, ROOM))
+    options = {"env": environment(folder), "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=folder, preexec_fn=limit, **options)
+    return "OSError" in done.stderr and {path: path.read_bytes() for path in made.iterdir()} == before
 
 
 def measure(kills: int = KILLS) -> list[tuple[str, str, bool]]:
     """Each interruption, what comes of it, and whether that is right: the results of a run that nothing interrupts."""
     with tempfile.TemporaryDirectory() as name:
         plain, broken, double = (copy(Path(name, each)) for each in ("plain", "broken", "double"))
-        stopped = full(broken)
         started = time.monotonic()
         if start(plain).wait():
             raise RuntimeError(f"dvc repro failed without any interruption: {said(plain)[-2000:]}")
-        hit = killed(broken, time.monotonic() - started, kills)
+        seconds, stopped = time.monotonic() - started, full(plain)
+        hit = killed(broken, seconds, kills)
         ended, refused = twice(double)
         same = [outcome(each) == outcome(plain) for each in (broken, double)]
     stages = ", ".join(f"{stage} {hit.count(stage)}" for stage in dict.fromkeys(hit))
+    kept = {True: "an error; the files before are as they were", False: "no error, or files that are cut"}
     words = {True: "the same results, to the bit", False: "other results"}
     return [
-        (f"no file above {ROOM // 1000} kB", "an error names it" if stopped else "no error names it", stopped),
+        (f"no room for files above {ROOM // 1000} kB", kept[stopped], stopped),
         (f"kill -9 at {len(hit)} random moments ({stages})", f"started again: {words[same[0]]}", same[0]),
         ("a second at the same time", "is refused" if refused else "is not refused", refused),
         ("the first of two", words[same[1]] if ended else "fails", ended and same[1]),
