@@ -24,14 +24,17 @@ import torch
 from benchmarks.sizes import Size
 from benchmarks.worker import ROOT, Gang, alternate, peak_memory, timed
 from cryo_lib.denoisers import apply
+from cryo_lib.evaluate import metrics
 from cryo_lib.networks import models
+from cryo_lib.simulate import density, noise, phantom, projection
 from cryo_lib.stacks import mrc, particles
 from cryo_lib.stacks.particles import ParticleStack
 
-TOPAZ = ROOT / "build" / "topaz"
+TOPAZ, GENERAL = ROOT / "build" / "topaz", ROOT / "weights" / "general" / "unet.safetensors"
 INSTALL = "pip install --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0"
 TOPAZ_MODEL = "unet_L2_v0.2.2.sav"
 MEMORY_SIZE, MEMORY_WIDTH = 32, 1  # px and channels of the stacks and the network that memory is measured with
+BOX, SNR = 220.0, 0.1  # A and Var(signal) / Var(noise), of the particles that are denoised
 BLOCK = 1000  # random images that a long stack repeats, each time on another scale
 
 
@@ -59,15 +62,42 @@ def write_noise(path: Path, n: int, size: int) -> Path:
     return path
 
 
-def ours(device: str, stack: str, width: int, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
-    """A measurement of `apply.denoise_stack`: `work` in images, `seconds`, `peak_memory` in bytes."""
-    chosen = torch.device(device)
-    size = ParticleStack.open(stack).images.shape[-1]
-    model = models.GENERATORS["resnet"](size, width).eval().to(chosen, memory_format=torch.channels_last)
+def write_particles(path: Path, n: int, size: int) -> np.ndarray:
+    """Write a `.mrcs` of `n` noisy views of a particle that no network has seen, the phantom; the clean ones."""
+    particle = phantom.phantom(2)[0]
+    volume = density.density(particle, size, BOX / size, 2 * BOX / size)
+    x = projection.rescale(projection.project(volume, projection.random_rotations(n, 0)))
+    mrc.write_stack(path, [noise.add_noise(x, SNR, 0)], x.shape, BOX / size)
+    return x
 
+
+def psnr(x: np.ndarray, x_hat: np.ndarray) -> float:
+    """Mean PSNR (dB) of denoised images on the clean ones' grey scale, as brought there by one scale and offset."""
+    slope, offset = np.polyfit(x_hat.ravel(), x.ravel(), 1)
+    return float(metrics.psnr(x, slope * x_hat + offset).mean())
+
+
+def ours(device: str, stack: str, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
+    """A measurement of the network that ships, by `apply.denoise_stack`, as that of `resnet`."""
+    chosen, opened = torch.device(device), ParticleStack.open(stack)
+    model, card = models.load(GENERAL)
+    model = model.to(chosen, memory_format=torch.channels_last)
+    known = card | {"phase_flipped": False}  # images without a CTF
+    denoiser = apply.fit(model, known, opened, contrast="bright", precision=precision)
+    return _measurement(chosen, opened, denoiser, out, batch_size=batch)
+
+
+def resnet(device: str, stack: str, width: int, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
+    """A measurement of the paper's network, untrained: `work` in images, `seconds`, `peak_memory` in bytes."""
+    chosen, opened = torch.device(device), ParticleStack.open(stack)
+    model = models.GENERATORS["resnet"](opened.images.shape[-1], width).eval()
+    model = model.to(chosen, memory_format=torch.channels_last)
+    return _measurement(chosen, opened, model, out, batch_size=batch, precision=precision)
+
+
+def _measurement(chosen: torch.device, opened: ParticleStack, denoiser: Any, out: str, **options: Any) -> Callable:
     def measure() -> dict[str, Any]:
-        opened = ParticleStack.open(stack)
-        seconds = timed(chosen, lambda: apply.denoise_stack(model, opened, out, batch_size=batch, precision=precision))
+        seconds = timed(chosen, lambda: apply.denoise_stack(denoiser, opened, out, **options))
         return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
 
     return measure
@@ -92,13 +122,13 @@ def memory(stack: str, width: int, out: str) -> Callable[..., dict[str, Any]]:
 def topaz(
     device: str, stack: str, batch: int | None, out: str, folder: str = str(TOPAZ)
 ) -> Callable[..., dict[str, Any]]:
-    """The same measurement of Topaz-Denoise's U-net, as that of `ours`.
+    """The same measurement of Topaz-Denoise's U-net, as that of `resnet`.
 
     Parameters
     ----------
     batch : None calls Topaz's own `denoise_stack`, which holds the stack in memory and denoises one image at a time
         (without patches and deconvolution, which are for micrographs). A number instead gives batches of so many images
-        to Topaz's `Denoise.denoise`, with files read and written as for `ours`.
+        to Topaz's `Denoise.denoise`, with files read and written as for ours.
     folder : where topaz-em is installed.
     """
     sys.path.append(folder)
@@ -132,13 +162,19 @@ def installed(folder: Path = TOPAZ) -> bool:
 
 
 def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
-    """Ours and Topaz in turn on one stack: what is denoised, and a row each; those of Topaz only if it is installed."""
+    """Ours, the paper's network and Topaz in turn on one stack: what is denoised, and a row each.
+
+    Those of Topaz only if it is installed. `psnr` is that of trained networks, none of which has seen the particle.
+    """
     print("denoising: ours and Topaz-Denoise", flush=True)
     chosen = {name: size.denoise[name] for name in ("size", "width", "images", "batch")}
-    stack, batch = write_noise(scratch / "stack.mrcs", chosen["images"], chosen["size"]), chosen["batch"]
-    common = {"device": device, "stack": str(stack)}
-    ours = {"task": "denoise:ours", "batch": batch, "width": chosen["width"]}
-    tasks = {f"Ours, {precision}": ours | {"precision": precision} for precision in size.precisions}
+    stack, batch = scratch / "stack.mrcs", chosen["batch"]
+    x = write_particles(stack, chosen["images"], chosen["size"])
+    common, tasks = {"device": device, "stack": str(stack)}, {}
+    for precision in size.precisions:
+        same = {"batch": batch, "precision": precision}
+        tasks[f"Ours, {precision}"] = {"task": "denoise:ours"} | same
+        tasks[f"The paper's network, {precision}"] = {"task": "denoise:resnet", "width": chosen["width"]} | same
     if installed():
         tasks["Topaz-Denoise, in batches"] = {"task": "denoise:topaz", "batch": batch}
         tasks["Topaz-Denoise, its denoise_stack"] = {"task": "denoise:topaz", "batch": None}
@@ -154,7 +190,11 @@ def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
         for gang in gangs.values():
             gang.close()
 
-    rows = [{"denoiser": name, "images_per_s": rates[name], "peak_memory": peaks[name]} for name in gangs]
+    rows = []
+    for i, (name, options) in enumerate(tasks.items()):
+        trained = options["task"] != "denoise:resnet"
+        score = psnr(x, ParticleStack.open(scratch / f"out{i}.mrcs").images[:]) if trained else None
+        rows.append({"denoiser": name, "images_per_s": rates[name], "peak_memory": peaks[name], "psnr": score})
     return {"configuration": chosen, "rows": rows, "topaz_installed": installed()}
 
 

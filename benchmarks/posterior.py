@@ -21,7 +21,7 @@ from cryo_lib.stacks.particles import ParticleStack
 
 
 def ours(device: str, stack: str, references: int, batch: int, out: str) -> Callable[..., dict[str, Any]]:
-    """A measurement of the posterior by `apply.denoise_stack`, as that of `denoise.ours`, and of what comes before.
+    """A measurement of the posterior by `apply.denoise_stack`, as that of `denoise.resnet`, and of what comes before.
 
     Images are noise alone, over which the posterior is widest: it takes as long as it can.
 
@@ -54,7 +54,7 @@ def compare(device: str, size: Size, scratch: Path) -> list[dict[str, Any]]:
     network = common | {"width": chosen["width"], "batch": chosen["batch"], "precision": "float32"}
     over = common | {"references": chosen["references"], "batch": chosen["images"]}
     with (
-        Gang("denoise:ours", out=str(scratch / "network.mrcs"), **network) as first,
+        Gang("denoise:resnet", out=str(scratch / "network.mrcs"), **network) as first,
         Gang("posterior:ours", out=str(scratch / "posterior.mrcs"), **over) as second,
     ):
         gangs = {"Network": first, "Posterior": second}

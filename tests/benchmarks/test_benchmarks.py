@@ -180,7 +180,7 @@ def test_a_quick_run_writes_numbers_tables_and_curves(quick):
     assert [row["images"] for row in results["memory"]] == [200, 400, 200]
     assert all(row["peak_memory"] >= row["before"] > 0 for row in results["memory"])
     named = {row["denoiser"] for row in results["denoise"]["rows"]}
-    assert "Ours, float32" in named
+    assert {"Ours, float32", "The paper's network, float32"} <= named
     posterior = results["posterior"]
     assert [row["denoiser"] for row in posterior["rows"]] == ["Network", "Posterior"]
     assert [(row["axis"], row["value"]) for row in posterior["growth"]] == [
@@ -215,11 +215,20 @@ def test_targets_are_computed_from_the_numbers(quick):
     assert all(row["met"] is None for row in tables.targets(results))
 
 
+def test_the_psnr_of_a_denoiser_does_not_depend_on_its_grey_scale():
+    x = np.random.default_rng(0).random((4, 8, 8))
+    x_hat = x + np.random.default_rng(1).normal(0, 0.1, x.shape)
+    score = denoise.psnr(x, x_hat)
+    assert denoise.psnr(x, 7 - 3 * x_hat) == pytest.approx(score) and 20 < score < 21.5
+
+
 def test_topaz_counts_only_where_it_was_measured():
     ours = {"denoiser": "Ours, float32", "images_per_s": [10.0, 12.0, 14.0]}
     assert tables.topaz_ratio({"rows": [ours]}) is None
     slow = {"denoiser": "Topaz-Denoise, its denoise_stack", "images_per_s": [1.0, 1.0, 1.0]}
     fast = {"denoiser": "Topaz-Denoise, in batches", "images_per_s": [2.0, 3.0, 2.0]}
     assert tables.topaz_ratio({"rows": [ours, slow, fast]}) == 5.0
+    scored = [row | {"psnr": psnr} for row, psnr in zip((ours, slow, fast), (25.0, 24.0, 23.0))]
+    assert tables.topaz_gain({"rows": scored}) == 2.0 and tables.topaz_gain({"rows": scored[:1]}) is None
     absent = {"configuration": {"size": 8, "width": 1, "images": 1, "batch": 1}, "rows": [], "topaz_installed": False}
     assert "not installed: pip install" in tables.SECTIONS["denoise"]({"denoise": absent})
