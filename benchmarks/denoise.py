@@ -133,7 +133,7 @@ def topaz(
     """
     sys.path.append(folder)
     from topaz import denoise  # noqa: PLC0415
-    from topaz.apply.models import UDenoiseNet  # noqa: PLC0415
+    from topaz.denoising.models import UDenoiseNet  # noqa: PLC0415
 
     chosen, on_gpu = torch.device(device), device == "cuda"
     network = UDenoiseNet(base_width=11, top_width=5)
