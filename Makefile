@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup scm repro gpu test bench cryodrgn reliability book strip lab clean
+.PHONY: setup scm repro gpu test bench topaz cryodrgn reliability book strip lab clean
 
 setup: $(VENV)/.ready
 
@@ -37,11 +37,16 @@ test: setup
 	ruff check --quiet . && ruff format --quiet --check .
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Topaz-Denoise (GPL-3.0) is what denoising is measured against: in a folder of its own, and no dependency.
 bench: setup
-	@test -d build/topaz/topaz || pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0 \
-		|| echo "Topaz-Denoise could not be installed: its row will say so"
+	@$(MAKE) --silent topaz || echo "Topaz-Denoise could not be installed: its row will say so"
 	python -m benchmarks
+
+# Topaz-Denoise (GPL-3.0), which notebook 44 and `make bench` compare with: in a folder of its own, and no dependency.
+# What it imports is here already, but for h5py.
+topaz: build/topaz/topaz
+
+build/topaz/topaz: | setup
+	pip install --quiet --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0
 
 # cryoDRGN (GPL-3.0), which notebook 43 hands our stacks to: in an environment of its own, and no dependency.
 cryodrgn:

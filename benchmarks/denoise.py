@@ -1,17 +1,14 @@
 """Denoising a stack on disk: throughput and memory beside Topaz-Denoise, and memory as the stack grows.
 
-Topaz-Denoise (Bepler et al. 2020; topaz-em, GPL-3.0) is no dependency: `make bench` installs it in a folder of its own,
-and it is imported in the measuring process alone. Its `load_model` does not run beside this version of torch, so its
-network is made from its class, and the weights that it ships are loaded into it as a state dict. h5py is there because
-`topaz.denoise` imports it.
+Topaz-Denoise is imported in the measuring process alone; see `denoisers.topaz`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,16 +20,14 @@ import torch
 
 from benchmarks.sizes import Size
 from benchmarks.worker import ROOT, Gang, alternate, peak_memory, timed
-from cryo_lib.denoisers import apply
+from cryo_lib.denoisers import apply, topaz
 from cryo_lib.evaluate import metrics
 from cryo_lib.networks import models
 from cryo_lib.simulate import density, noise, phantom, projection
 from cryo_lib.stacks import mrc, particles
 from cryo_lib.stacks.particles import ParticleStack
 
-TOPAZ, GENERAL = ROOT / "build" / "topaz", ROOT / "weights" / "general" / "unet.safetensors"
-INSTALL = "pip install --no-deps --target build/topaz topaz-em==0.3.20 h5py==3.16.0"
-TOPAZ_MODEL = "unet_L2_v0.2.2.sav"
+TOPAZ, GENERAL = ROOT / topaz.FOLDER, ROOT / "weights" / "general" / "unet.safetensors"
 MEMORY_SIZE, MEMORY_WIDTH = 32, 1  # px and channels of the stacks and the network that memory is measured with
 BOX, SNR = 220.0, 0.1  # A and Var(signal) / Var(noise), of the particles that are denoised
 BLOCK = 1000  # random images that a long stack repeats, each time on another scale
@@ -119,9 +114,7 @@ def memory(stack: str, width: int, out: str) -> Callable[..., dict[str, Any]]:
     return measure
 
 
-def topaz(
-    device: str, stack: str, batch: int | None, out: str, folder: str = str(TOPAZ)
-) -> Callable[..., dict[str, Any]]:
+def released(device: str, stack: str, batch: int | None, out: str, folder: str = str(TOPAZ)) -> Callable[..., dict]:
     """The same measurement of Topaz-Denoise's U-net, as that of `resnet`.
 
     Parameters
@@ -131,20 +124,13 @@ def topaz(
         to Topaz's `Denoise.denoise`, with files read and written as for ours.
     folder : where topaz-em is installed.
     """
-    sys.path.append(folder)
-    from topaz import denoise  # noqa: PLC0415
-    from topaz.denoising.models import UDenoiseNet  # noqa: PLC0415
-
-    chosen, on_gpu = torch.device(device), device == "cuda"
-    network = UDenoiseNet(base_width=11, top_width=5)
-    weights = Path(folder) / "topaz" / "pretrained" / "denoise" / TOPAZ_MODEL
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    denoiser = denoise.Denoise(torch.nn.Sequential(network), use_cuda=on_gpu)
+    chosen, denoiser = torch.device(device), topaz.load(folder, device)
+    own = importlib.import_module("topaz.denoise").denoise_stack
 
     def whole() -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # it counts the images aloud
-            options = {"deconvolve": False, "patch_size": -1, "normalize": False, "use_cuda": on_gpu}
-            denoise.denoise_stack(stack, out, [denoiser], **options)
+            options = {"deconvolve": False, "patch_size": -1, "normalize": False, "use_cuda": device == "cuda"}
+            own(stack, out, [denoiser], **options)
 
     def measure() -> dict[str, Any]:
         opened = ParticleStack.open(stack)
@@ -154,11 +140,6 @@ def topaz(
         return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
 
     return measure
-
-
-def installed(folder: Path = TOPAZ) -> bool:
-    """Whether Topaz-Denoise and its weights are in a folder."""
-    return (folder / "topaz" / "pretrained" / "denoise" / TOPAZ_MODEL).is_file()
 
 
 def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
@@ -175,9 +156,9 @@ def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
         same = {"batch": batch, "precision": precision}
         tasks[f"Ours, {precision}"] = {"task": "denoise:ours"} | same
         tasks[f"The paper's network, {precision}"] = {"task": "denoise:resnet", "width": chosen["width"]} | same
-    if installed():
-        tasks["Topaz-Denoise, in batches"] = {"task": "denoise:topaz", "batch": batch}
-        tasks["Topaz-Denoise, its denoise_stack"] = {"task": "denoise:topaz", "batch": None}
+    if topaz.installed(TOPAZ):
+        tasks["Topaz-Denoise, in batches"] = {"task": "denoise:released", "batch": batch}
+        tasks["Topaz-Denoise, its denoise_stack"] = {"task": "denoise:released", "batch": None}
     gangs = {}
     try:
         for i, (name, options) in enumerate(tasks.items()):
@@ -195,7 +176,7 @@ def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:
         trained = options["task"] != "denoise:resnet"
         score = psnr(x, ParticleStack.open(scratch / f"out{i}.mrcs").images[:]) if trained else None
         rows.append({"denoiser": name, "images_per_s": rates[name], "peak_memory": peaks[name], "psnr": score})
-    return {"configuration": chosen, "rows": rows, "topaz_installed": installed()}
+    return {"configuration": chosen, "rows": rows, "topaz_installed": topaz.installed(TOPAZ)}
 
 
 def memory_growth(size: Size, scratch: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.denoise import INSTALL, SNR
+from benchmarks.denoise import SNR
 from cryo_lib.paper.methods import METHODS
 from cryo_lib.paper.tables import markdown
 
@@ -168,7 +168,7 @@ def _denoise(results: Results) -> str:
         score = "—" if row["psnr"] is None else f"{row['psnr']:.2f}"
         rows.append((row["denoiser"], _rate(row["images_per_s"]), _mib(row["peak_memory"]), score))
     if not denoised["topaz_installed"]:
-        rows.append(("Topaz-Denoise", f"not installed: {INSTALL}", "—", "—"))
+        rows.append(("Topaz-Denoise", "not installed: make topaz", "—", "—"))
     table = pd.DataFrame(rows, columns=["Denoiser", "images/s", "Peak memory (MiB)", "PSNR (dB)"])
     said = ""
     if ratio is not None:

@@ -129,7 +129,8 @@ class Network(OfStack):
         self.precision = options.pop("precision")
         super().__init__(stack, card["image_size"], pixel_size, **options)
         self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
-        self.grey = OfStack.grey if card["pixel_size"] else None
+        references = card["pixel_size"] and "copies" not in card.get("data", {})  # in [0, 1]; see notebooks 40 and 10
+        self.grey = OfStack.grey if references else None
         if self.flips and stack.ctf is None:
             problem = "expected a CTF, since this network was trained on images whose phases were flipped, got none"
             raise ValueError(f"{stack.path}: {problem}; estimate it, or take another network")

@@ -7,10 +7,11 @@
 | ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 20,000 noisy patches in 10 AK-SVD sweeps |
 | nlm | scikit-image | fast mode, patch 7 px, sigma known; distance in px and h in units of sigma tuned |
 | cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of noisy images |
+| rir | ASPIRE (GPL-3.0) | `RIRClass2D`: the mean of an image and of the 49 nearest by their bispectra, turned to it |
 
 Tuned settings are those of least mean MSE on training pairs: `WIDTHS` on all of them, `SETTINGS` on the first
-`TUNING_PAIRS`. K-SVD and CWF learn from all noisy images there are, training's and test's, of training's the first
-`LEARNING_IMAGES`.
+`TUNING_PAIRS`. K-SVD, CWF and class averages (rir) learn from all noisy images there are, training's and test's, of
+training's the first `LEARNING_IMAGES`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from threadpoolctl import threadpool_limits
 
 from cryo_lib import checks
 
-METHODS: tuple[str, ...] = ("gaussian", "bm3d", "ksvd", "nlm", "cwf")
+METHODS: tuple[str, ...] = ("gaussian", "bm3d", "ksvd", "nlm", "cwf", "rir")
 NEEDS = {  # least image side in px (a patch, or the basis, has to fit), module, its name on PyPI
     "gaussian": (1, "scipy", "scipy"),
     "bm3d": (12, "bm3d", "bm3d"),  # its blocks are 8 or 11 px, but it aborts the process on images of 11 x 11
     "ksvd": (16, "dictlearn", "dictlearn"),
     "nlm": (7, "skimage", "scikit-image"),
     "cwf": (8, "aspire", "aspire"),
+    "rir": (32, "aspire", "aspire"),  # for as many components as it is given
 }
 WIDTHS = np.geomspace(0.25, 64.0, 161)  # px, standard deviations tried by "gaussian"
 TUNING_PAIRS = 24  # training pairs, from the first on, that choose among SETTINGS
@@ -48,6 +50,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the fir
 }
 LEARNING_IMAGES = 10_000  # noisy images of training, from the first on, that "ksvd" and "cwf" learn from beside y
 PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 20_000  # K-SVD
+NEIGHBOURS, COMPONENTS, BISPECTRUM = 50, 300, 200  # rir: images a class, and of their representation
 RESIDUAL = chdtri(PATCH**2, 0.25)  # squared norm that unit noise on a patch stays below three times in four
 CHUNK = 8  # images a worker takes at a time
 Denoiser = Callable[..., np.ndarray]  # of one image, its noise level, and settings
@@ -67,12 +70,12 @@ def denoise(
 
     Parameters
     ----------
-    method : one of `METHODS`. "gaussian", "bm3d" and "nlm" see one image at a time; "ksvd" and "cwf" learn from `y`
-        and `y_train` together (thousands of images, for a good covariance).
-    y : noisy images `(n, h, w)`, any scale; square for "cwf".
+    method : one of `METHODS`. "gaussian", "bm3d" and "nlm" see one image at a time; "ksvd", "cwf" and
+        "rir" learn from `y` and `y_train` together (thousands of images, for a good covariance).
+    y : noisy images `(n, h, w)`, any scale; square for "cwf" and "rir".
     sigma : `(n,)` noise standard deviation of each image, before any clipping, in units of `y`; unused by "gaussian".
     x_train, y_train : clean and noisy pairs `(m, h, w)`, which choose the settings and give the noise level of
-        `y_train`. Without them "ksvd" and "cwf" learn from `y` alone, "bm3d" and "nlm" take the first of their
+        `y_train`. Without them "ksvd", "cwf" and "rir" learn from `y` alone, "bm3d" and "nlm" take the first of their
         `SETTINGS`, and "gaussian" cannot do.
     n_jobs : processes of one thread for "bm3d", "ksvd" and "nlm"; all cores by default. It does not change the result.
     seed : picks the patches that "ksvd" learns from.
@@ -90,7 +93,7 @@ def denoise(
     Notes
     -----
     BM3D: Dabov et al. 2007 (reference 10). K-SVD: Aharon, Elad, Bruckstein 2006 (reference 11). CWF: Bhamre, Zhang,
-    Singer 2016 (reference 12). Non-local means: Buades, Coll, Morel 2005.
+    Singer 2016 (reference 12). Non-local means: Buades, Coll, Morel 2005. Class averages: Zhao and Singer 2014.
     """
     checks.choice("method", method, METHODS)
     y = checks.as_images("y", y)
@@ -113,8 +116,8 @@ def denoise(
     else:
         x_train, y_train = (z[:LEARNING_IMAGES] for z in _training_pairs(x_train, y_train, y.shape[1:]))
     sigma_train = _noise_levels((y_train - x_train).std(axis=(1, 2)), len(y_train), "y_train - x_train")
-    if method == "cwf":
-        return _cwf(np.concatenate([y, y_train]), np.concatenate([sigma, sigma_train]), len(y))
+    if method in _ASPIRE:
+        return _by_aspire(method, np.concatenate([y, y_train]), np.concatenate([sigma, sigma_train]), len(y))
     with threadpool_limits(1):
         if method == "ksvd":
             noisy, levels = np.concatenate([y, y_train]), np.concatenate([sigma, sigma_train])
@@ -273,28 +276,50 @@ def _ksvd(y: np.ndarray, sigma: float, dictionary: np.ndarray) -> np.ndarray:
     return sigma * total / np.outer(*(np.convolve(np.ones(size), np.ones(PATCH)) for size in (rows, columns)))
 
 
-def _cwf(y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndarray:
-    """Covariance Wiener filter of the first `n` images, by the covariance of all.
+def _by_aspire(method: str, y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndarray:
+    """The first `n` images denoised by what ASPIRE learns from all.
 
     Images are scaled to unit noise (whitened): one noise variance, 1, holds for all.
 
     Imported, ASPIRE takes over logging and writes logs and a configuration folder: it gets a process of its own.
     """
     if y.shape[1] != y.shape[2]:
-        raise ValueError(f"y: cwf needs square images, got {y.shape[1]} x {y.shape[2]}; crop or pad them")
+        raise ValueError(f"y: {method} needs square images, got {y.shape[1]} x {y.shape[2]}; crop or pad them")
     scale = sigma.astype(np.float32)[:, None, None]
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"log_dir": folder, "console_level": "ERROR", "log_file_level": "CRITICAL", "log_exceptions": 0}
         Path(folder, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
         environment = {"ASPIREDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with ProcessPoolExecutor(1, env=environment) as worker:
-            return worker.submit(_aspire_cwf, y / scale, n).result() * scale[:n]
+            return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
 
 
-def _aspire_cwf(y: np.ndarray, n: int) -> np.ndarray:
+def _cwf(y: np.ndarray, n: int) -> np.ndarray:
+    """Covariance Wiener filter by the covariance of all."""
     from aspire.denoising import DenoiserCov2D
+
+    return DenoiserCov2D(_source(y), var_noise=1.0).denoise[:n].asnumpy()
+
+
+def _rir(y: np.ndarray, n: int) -> np.ndarray:
+    """Each image's class: its nearest by rotationally invariant representation, mirrored where that is nearer."""
+    from aspire.basis import FFBBasis2D
+    from aspire.classification import BFRAverager2D, RIRClass2D, TopClassSelector
+    from aspire.denoising import ClassAvgSource
+
+    level = y.mean(axis=(1, 2), keepdims=True)
+    source, neighbours = _source(y - level), min(NEIGHBOURS, len(y))
+    sizes = {"fspca_components": COMPONENTS, "bispectrum_components": min(BISPECTRUM, len(y))}
+    classes = RIRClass2D(source, n_nbor=neighbours, seed=0, **sizes)
+    averager = BFRAverager2D(FFBBasis2D(source.L, dtype=np.float32), source)
+    return ClassAvgSource(source, classes, TopClassSelector(), averager).images[:n].asnumpy() + level[:n]
+
+
+def _source(y: np.ndarray) -> Any:
     from aspire.image import Image
     from aspire.source import ArrayImageSource
 
-    source = ArrayImageSource(Image(y, pixel_size=1.0))  # the filter makes no use of the pixel size
-    return DenoiserCov2D(source, var_noise=1.0).denoise[:n].asnumpy()
+    return ArrayImageSource(Image(y, pixel_size=1.0))  # neither makes use of the pixel size
+
+
+_ASPIRE = {"cwf": _cwf, "rir": _rir}

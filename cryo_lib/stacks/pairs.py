@@ -1,4 +1,4 @@
-"""Training pairs of real particles: noisy images of known pose, and projections of a map at these poses."""
+"""Training pairs of real particles: noisy images, and projections of a map at their poses or a second noisy image."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import numpy as np
 
 from cryo_lib import checks
 from cryo_lib.simulate import ctf, noise, projection
+from cryo_lib.stacks.columns import numbers
 from cryo_lib.stacks.particles import ParticleStack, contrast_of
 
 ENOUGH = 5.0  # standard errors by which images must agree better with their own references than with others'
+COORDINATES = "rlnCoordinateX", "rlnCoordinateY"  # px, in the micrograph: alike for all frames of a movie
+SAME = 0.9  # correlation of two images' backgrounds from which on they are one image and no two
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,27 @@ class Agreement:
     excess: float
 
 
-class Pairs:
+class Standardised:
+    """Images of a stack on one grid: `n` pixels of `pixel_size` A, the middle of each.
+
+    ValueError : no pixel size; a contrast that is dark or cannot be told, and is not given.
+    """
+
+    def __init__(self, stack: ParticleStack, n: int, pixel_size: float, contrast: str | None) -> None:
+        if stack.pixel_size is None:
+            raise ValueError(f"{stack.path}: expected a pixel size, got none; open it with pixel_size=...")
+        self.stack, self.contrast = stack, contrast_of(stack, contrast)
+        self.n, self.pixel_size = checks.integer("n", n, low=2, multiple_of=2), pixel_size
+
+    def noisy(self, rows: Any) -> np.ndarray:
+        """Images `(m, n, n)` of these rows, protein bright, background of mean 0 and sd 1."""
+        return self._standard(self.stack, rows)
+
+    def _standard(self, stack: ParticleStack, rows: Any) -> np.ndarray:
+        return noise.standardise(stack.images[rows], stack.pixel_size, self.n, self.pixel_size, self.contrast)
+
+
+class Pairs(Standardised):
     """Particles and references on one grid: `n` pixels of `pixel_size` A, the middle of the images and of the map.
 
     Parameters
@@ -64,17 +87,9 @@ class Pairs:
             raise ValueError(
                 f"{stack.path}: expected rlnAngleRot, rlnAngleTilt and rlnAnglePsi, got none; refine it first"
             )
-        if stack.pixel_size is None:
-            raise ValueError(f"{stack.path}: expected a pixel size, got none; open it with pixel_size=...")
         checks.number("voxel_size", voxel_size, above=0)
-        self.stack, self.contrast = stack, contrast_of(stack, contrast)
-        self.n, self.pixel_size = checks.integer("n", n, low=2, multiple_of=2), pixel_size
+        super().__init__(stack, n, pixel_size, contrast)
         self.volume = projection.resample_volume(volume, voxel_size, n, pixel_size)
-
-    def noisy(self, rows: Any) -> np.ndarray:
-        """Images `(m, n, n)` of these rows, protein bright, background of mean 0 and sd 1."""
-        images = self.stack.images[rows]
-        return noise.standardise(images, self.stack.pixel_size, self.n, self.pixel_size, self.contrast)
 
     def clean(self, rows: Any) -> np.ndarray:
         """References `(m, n, n)` of these rows: projections at their poses and shifts, each rescaled to [0, 1]."""
@@ -99,26 +114,19 @@ class Pairs:
             map that agrees better when it is turned by right angles or mirrored, moved by a voxel or two, or scaled by
             a few per cent.
         """
-        if len(rows) < 20:
-            raise ValueError(
-                f"rows: expected at least 20 to compare images with references, got {len(rows)}; give more"
-            )
         y, x = self.noisy(rows), self.clean(rows)
         level = float(noise.background(x)[0].mean())
         x = self._with_ctf(x, rows)
-        own, others = _correlation(x, y), _correlation(np.roll(x, 1, axis=0), y)
+        own, others, excess = _agreeing(
+            x,
+            y,
+            f"{self.stack.path}: expected images to agree with the map's projections at their poses",
+            "is it the map of this refinement, of the same hand, frame, contrast and voxel size?",
+        )
         x, y = _centred(x), _centred(y)
         gain = np.vdot(x, y) / np.vdot(x, x)
         signal = gain**2 * np.square(x).mean()
         snr = signal / (np.square(y).mean() - signal)
-        excess = _standard_errors(own - others)
-        if excess < ENOUGH:
-            raise ValueError(
-                f"{self.stack.path}: expected images to agree with the map's projections at their poses, at least "
-                f"{ENOUGH:g} standard errors better than with each other's, got {excess:.1f} (correlation "
-                f"{own.mean():.4f} and {others.mean():.4f}, {len(rows)} images); is it the map of this refinement, of "
-                "the same hand, frame, contrast and voxel size?"
-            )
         self._require_placed(rows[:100], y[:100], own[:100])
         return Agreement(*map(float, (gain, level, snr, own.mean(), others.mean(), excess)))
 
@@ -186,6 +194,31 @@ def choose(half_sets: np.ndarray | None, n: int, counts: Mapping[str, int], seed
     return dict(zip((*counts, "rest"), np.split(rows, np.cumsum(list(counts.values())))))
 
 
+def _box(stack: ParticleStack) -> int:
+    return stack.images.shape[-1]
+
+
+def _pixel_size(stack: ParticleStack) -> float | None:
+    return stack.pixel_size and round(stack.pixel_size, 3)  # headers hold float32
+
+
+def _agreeing(x: np.ndarray, y: np.ndarray, expected: str, question: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Correlation of images with their own references, `(m,)`, and with the next, and the difference's standard errors.
+
+    ValueError, in the words given, where that is less than `ENOUGH`, or there are fewer than 20 images.
+    """
+    if len(y) < 20:
+        raise ValueError(f"rows: expected at least 20 to compare images with references, got {len(y)}; give more")
+    own, others = _correlation(x, y), _correlation(np.roll(x, 1, axis=0), y)
+    excess = _standard_errors(own - others)
+    if excess < ENOUGH:
+        raise ValueError(
+            f"{expected}, at least {ENOUGH:g} standard errors better than with each other's, got {excess:.1f} "
+            f"(correlation {own.mean():.4f} and {others.mean():.4f}, {len(y)} images); {question}"
+        )
+    return own, others, excess
+
+
 def _standard_errors(values: np.ndarray) -> float:
     return values.mean() / max(values.std(ddof=1) / len(values) ** 0.5, 1e-9)
 
@@ -198,6 +231,70 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Pearson's coefficient of each two images, `(m,)`."""
     x, y = _centred(x), _centred(y)
     return (x * y).sum(axis=(1, 2)) / np.sqrt((x**2).sum(axis=(1, 2)) * (y**2).sum(axis=(1, 2)))
+
+
+class Copies(Standardised):
+    """Two noisy images of each particle on one grid, as `Pairs`: a network learns one from the other (Noise2Noise).
+
+    A movie gives them as its even and its odd frames (Lehtinen et al. 2018; Bepler et al. 2020): no map and no poses.
+
+    Parameters
+    ----------
+    stack, copies : the same particles, row by row, of one box and pixel size.
+    n, pixel_size : of the grid, px and A. contrast : see `Pairs`.
+
+    Raises
+    ------
+    ValueError : stacks of other lengths, boxes or pixel sizes, or whose coordinates in the micrographs differ; no pixel
+        size; a contrast that is dark or cannot be told.
+    """
+
+    def __init__(
+        self, stack: ParticleStack, copies: ParticleStack, n: int, pixel_size: float, contrast: str | None = None
+    ) -> None:
+        super().__init__(stack, n, pixel_size, contrast)
+        self.copies = copies
+        for name, of in {"images": len, "px": _box, "A a pixel": _pixel_size}.items():
+            if of(copies) != of(stack):
+                problem = f"expected {of(stack)} {name}, as {stack.path} has, got {of(copies)}"
+                raise ValueError(f"{copies.path}: {problem}; give the same particles, extracted alike, row by row")
+        labels = [label for label in COORDINATES if label in stack.table and label in copies.table]
+        ours, theirs = (numbers(each.path, each.table[labels]).to_numpy() for each in (stack, copies))
+        apart = (abs(ours - theirs) > 1).any(axis=1)
+        if apart.any():
+            raise ValueError(
+                f"{copies.path}: expected the particles of {stack.path} in its order, got other {' and '.join(labels)} "
+                f"in {apart.sum()} rows, the first is row {np.argmax(apart) + 1}; bring both to one order"
+            )
+
+    def clean(self, rows: Any) -> np.ndarray:
+        """What stands for their references: the copies, on the same grey scale."""
+        return self._standard(self.copies, rows)
+
+    def agreement(self, rows: Any) -> Agreement:
+        """Compare images with their copies. The covariance of the two is the signal's variance, as noise is in neither.
+
+        Raises
+        ------
+        ValueError : fewer than 20 rows; images that do not agree better with their own copies than with others'; copies
+            whose background is that of the images: they are the same images.
+        """
+        y, x = self.noisy(rows), self.clean(rows)
+        own, others, excess = _agreeing(
+            x,
+            y,
+            f"{self.copies.path}: expected copies to agree with the images of {self.stack.path} row by row",
+            "are they the same particles, in one order?",
+        )
+        shared = 1 - np.square(noise.background(y - x)[1]).mean() / 2  # of backgrounds of sd 1 each
+        if shared > SAME:
+            raise ValueError(
+                f"{self.copies.path}: expected other noise than in {self.stack.path}, got a background that correlates "
+                f"by {shared:.2f}; give the particles of other frames of the movies"
+            )
+        covariance = float((_centred(x) * _centred(y)).mean())
+        snr = covariance / max(float(np.square(_centred(y)).mean()) - covariance, 1e-9)
+        return Agreement(1.0, 0.0, snr, float(own.mean()), float(others.mean()), float(excess))
 
 
 class Computed:

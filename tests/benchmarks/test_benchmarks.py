@@ -13,6 +13,7 @@ from benchmarks import denoise, steps, tables, worker
 from benchmarks.count import Count
 from benchmarks.plain import PlainLoop
 from benchmarks.sizes import size_of
+from cryo_lib.denoisers import topaz
 from cryo_lib.networks import losses, models
 from cryo_lib.networks.runs import Settings, Trainer
 from cryo_lib.paper import methods
@@ -190,7 +191,7 @@ def test_a_quick_run_writes_numbers_tables_and_curves(quick):
     ratio = np.median(np.divide(*(row["images_per_s"] for row in posterior["rows"][::-1])))
     assert f"Posterior over network, images/s: {ratio:.2f} (" in (quick / "cpu.md").read_text()
     measured = any(name.startswith("Topaz") for name in named)
-    assert measured == results["denoise"]["topaz_installed"] == denoise.installed()
+    assert measured == results["denoise"]["topaz_installed"] == topaz.installed(denoise.TOPAZ)
 
 
 def test_targets_are_computed_from_the_numbers(quick):
@@ -231,4 +232,4 @@ def test_topaz_counts_only_where_it_was_measured():
     scored = [row | {"psnr": psnr} for row, psnr in zip((ours, slow, fast), (25.0, 24.0, 23.0))]
     assert tables.topaz_gain({"rows": scored}) == 2.0 and tables.topaz_gain({"rows": scored[:1]}) is None
     absent = {"configuration": {"size": 8, "width": 1, "images": 1, "batch": 1}, "rows": [], "topaz_installed": False}
-    assert "not installed: pip install" in tables.SECTIONS["denoise"]({"denoise": absent})
+    assert "not installed: make topaz" in tables.SECTIONS["denoise"]({"denoise": absent})

@@ -172,7 +172,7 @@ def test_aspire_stays_out_of_this_process_and_folder(tmp_path, monkeypatch, capf
 @pytest.mark.parametrize(("method", "least"), [(m, classical.NEEDS[m][0]) for m in LIBRARY_METHODS])
 def test_smallest_images(method: str, least: int) -> None:
     y = np.random.default_rng(0).standard_normal((6, least, least))
-    if method != "cwf":  # a start of ASPIRE takes seconds
+    if method not in ("cwf", "rir"):  # a start of ASPIRE takes seconds
         assert np.isfinite(classical.denoise(method, y, np.ones(6), n_jobs=1)).all()
     with pytest.raises(ValueError, match=f"{method} needs images of at least {least} x {least} px, got"):
         classical.denoise(method, y[:, 1:], np.ones(6))
@@ -194,7 +194,7 @@ def test_bad_sigma(sigma, message: str) -> None:
 
 def test_bad_input() -> None:
     x, y, sigma = particles()
-    with pytest.raises(ValueError, match="method: expected one of gaussian, bm3d, ksvd, nlm, cwf, got 'median'"):
+    with pytest.raises(ValueError, match="method: expected one of gaussian, bm3d, ksvd, nlm, cwf, rir, got 'median'"):
         denoise("median", y, sigma)
     with pytest.raises(ValueError, match=r"y: expected images of shape \(n, h, w\)"):
         denoise("nlm", y[0], sigma)
@@ -220,6 +220,6 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("method", LIBRARY_METHODS)
 def test_missing_library_says_what_to_install(method: str, monkeypatch) -> None:
     monkeypatch.setattr(classical, "find_spec", lambda module: None)
-    package = {"ksvd": "dictlearn", "nlm": "scikit-image", "cwf": "aspire"}.get(method, method)
+    package = {"ksvd": "dictlearn", "nlm": "scikit-image", "cwf": "aspire", "rir": "aspire"}.get(method, method)
     with pytest.raises(ModuleNotFoundError, match=f"method {method} needs the library .*: pip install {package}"):
         denoise(method, particles()[1], particles()[2])

@@ -8,8 +8,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from cryo_lib.simulate import ctf, density, projection, standin
-from cryo_lib.stacks import particles
-from cryo_lib.stacks.pairs import Computed, Pairs, choose
+from cryo_lib.stacks import mrc, particles
+from cryo_lib.stacks.pairs import Computed, Copies, Pairs, choose
 from cryo_lib.stacks.particles import ParticleStack
 
 BOX, PIXEL = 48, 10.0
@@ -174,3 +174,52 @@ def test_computed_images_are_made_for_the_rows_that_are_asked_for(volume, tmp_pa
     images = Computed(pairs.noisy, np.array([7, 3, 20]), 40)
     assert images.shape == (3, 40, 40) and len(images) == 3
     np.testing.assert_array_equal(images[np.array([2, 0])], pairs.noisy(np.array([20, 7])))
+
+
+def two(folder, volume, n=60, shared=0.0, order=None, noise=3.0, **columns):
+    """Two stacks of one row of particles, noise of `noise` signal sd each, whose share `shared` both have."""
+    rng = np.random.default_rng(0)
+    x = projection.project(volume, projection.random_rotations(n, 1))
+    parts = rng.standard_normal((3, *x.shape), np.float32)
+    stacks = []
+    for k, name in enumerate(("even", "odd")):
+        y = x + noise * x.std() * (shared**0.5 * parts[2] + (1 - shared) ** 0.5 * parts[k])
+        y = y if order is None or not k else y[order]
+        path = particles.new(folder / f"{name}.star", y, np.tile(np.eye(3), (n, 1, 1)), PIXEL, columns=columns)
+        stacks.append(ParticleStack.open(path))
+    return stacks
+
+
+def test_copies_are_the_other_stacks_images_and_their_covariance_is_the_signals(volume, tmp_path):
+    even, odd = two(tmp_path, volume, 200)
+    pairs, rows = Copies(even, odd, BOX, PIXEL, "bright"), np.arange(200)
+    np.testing.assert_array_equal(pairs.clean(rows), Copies(odd, even, BOX, PIXEL, "bright").noisy(rows))
+    found = pairs.agreement(rows)
+    assert found.snr == pytest.approx(1 / 9, rel=0.1) and (found.gain, found.level) == (1.0, 0.0)
+    assert found.own == pytest.approx(0.1, abs=0.01) and found.excess > 5
+
+
+def test_copies_of_other_particles_or_of_the_same_noise_are_refused(volume, tmp_path):
+    order = np.roll(np.arange(60), 7)
+    with pytest.raises(ValueError, match="odd.star: expected copies to agree .* are they the same particles, in one"):
+        Copies(*two(tmp_path, volume, order=order), BOX, PIXEL, "bright").agreement(np.arange(60))
+    with pytest.raises(ValueError, match=r"expected other noise than in .* correlates by 0\.9"):
+        Copies(*two(tmp_path, volume, shared=0.97), BOX, PIXEL, "bright").agreement(np.arange(60))
+    even, odd = two(tmp_path, volume, shared=0.3)  # of ice, which both halves of a movie see
+    assert Copies(even, odd, BOX, PIXEL, "bright").agreement(np.arange(60)).excess > 5
+
+
+def test_stacks_that_are_no_copies_of_each_other_are_named(volume, tmp_path):
+    for name in ("first", "few", "bare"):
+        (tmp_path / name).mkdir()
+    even, odd = two(tmp_path / "first", volume, rlnCoordinateX=np.arange(60.0), rlnCoordinateY=np.zeros(60))
+    Copies(even, odd, BOX, PIXEL, "bright")
+    odd.table.loc[3:, "rlnCoordinateX"] += 5
+    with pytest.raises(ValueError, match="odd.star: .* other rlnCoordinateX and rlnCoordinateY in 57 rows, .* row 4"):
+        Copies(even, odd, BOX, PIXEL, "bright")
+    fewer = two(tmp_path / "few", volume, 30)[1]
+    with pytest.raises(ValueError, match="odd.star: expected 60 images, as .*even.star has, got 30; give the same"):
+        Copies(even, fewer, BOX, PIXEL, "bright")
+    mrc.write_stack(tmp_path / "bare" / "odd.mrcs", [odd.images[:]], odd.images.shape, 2 * PIXEL)
+    with pytest.raises(ValueError, match="odd.mrcs: expected 10.0 A a pixel, as .* has, got 20.0"):
+        Copies(even, ParticleStack.open(tmp_path / "bare" / "odd.mrcs"), BOX, PIXEL, "bright")
