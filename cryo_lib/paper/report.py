@@ -16,16 +16,29 @@ from cryo_lib.paper import tables
 
 FIRST = "20"  # notebooks from this number on show results
 LARGER = ("paper", "workstation")  # scales with pages of their own; the one that says most comes first
+COMMANDS = {  # notebooks that are no stages, since they take what the pipeline does not install, and what they make
+    "41_evaluate_general": ("results/{}/general/unseen.md",),
+    "43_compare_cryodrgn": ("figures/{}/cryodrgn.png", "results/{}/cryodrgn.md"),
+    "44_compare_outside": ("figures/{}/outside.png", "results/{}/outside.md"),
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that runs a notebook: its name, the notebook's stem, and its paths at one scale, relative to the root."""
+    """A stage that runs a notebook: its name, the notebook's stem, and its paths at one scale, relative to the root.
+
+    Without a name it is none: a reader runs the notebook.
+    """
 
     name: str
     notebook: str
     deps: tuple[str, ...]
     outs: tuple[str, ...]
+
+    @property
+    def by(self) -> str:
+        """What makes its outs, for readers."""
+        return f"stage `{self.name}`" if self.name else f"`cryo run {self.notebook[:2]}`, no stage"
 
     def made(self, folder: str, suffix: str) -> list[str]:
         """Its outs of one kind: those below `folder` whose names end in `suffix`."""
@@ -72,6 +85,9 @@ def results(scale: str) -> str:
         "Each part links its executed notebook and begins with what the paper says; the last table weighs its claims.",
     ]
     parts += [_section(stage, before) for stage, before in placed(found).items()]
+    for notebook, made in COMMANDS.items():
+        outs = tuple(path.format(scale) for path in (*made, f"paper/{{}}/{notebook}.ipynb"))
+        parts += [_section(Stage("", notebook, (), outs), [])] if Path(outs[-2]).is_file() else []
     parts.append("## Executed notebooks behind these")
     parts.append("\n".join(f"- [{Path(path).stem}]({path})" for path in copies) or _missing(f"paper/{scale}/*.ipynb"))
     return "\n\n".join(parts) + "\n"
@@ -88,11 +104,11 @@ def _heading(stage: Stage) -> tuple[str, str, str]:
 
 def _section(stage: Stage, before: list[Stage]) -> str:
     title, link, claim = _heading(stage)
-    parts = [f"## {title}", f"{link}, stage `{stage.name}`. {claim}".rstrip()]
+    parts = [f"## {title}", f"{link}, {stage.by}. {claim}".rstrip()]
     for maker in (stage, *before):
         if maker is not stage:
             title, link, _ = _heading(maker)
-            parts.append(f"{link}, stage `{maker.name}`: {title}.")
+            parts.append(f"{link}, {maker.by}: {title}.")
         for path in maker.made("figures", ".png"):
             parts.append(f"![{Path(path).stem}]({path})" if Path(path).is_file() else _missing(path, maker))
         for path in maker.made("results", ".md"):
