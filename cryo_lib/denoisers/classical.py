@@ -4,7 +4,7 @@
 |---|---|---|
 | gaussian | scipy.fft | periodic low-pass exp(-2 (pi width f)^2); width tuned |
 | bm3d | bm3d (non-commercial licence) | nf = 16 (within 0.1 dB of 32, or better); profile, factor on sigma tuned |
-| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 20,000 noisy patches in 10 AK-SVD sweeps |
+| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
 | nlm | scikit-image | fast mode, patch 7 px, sigma known; distance in px and h in units of sigma tuned |
 | cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of noisy images |
 | rir | ASPIRE (GPL-3.0) | `RIRClass2D`: the mean of an image and of the 49 nearest by their bispectra, turned to it |
@@ -49,7 +49,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the fir
     "nlm": [{"distance": distance, "h": h} for distance in (11, 3, 5, 7, 9, 15) for h in (0.8, 0.5, 1.2, 2.0)],
 }
 LEARNING_IMAGES = 10_000  # noisy images of training, from the first on, that "ksvd" and "cwf" learn from beside y
-PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 20_000  # K-SVD
+PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 5_000  # K-SVD
 NEIGHBOURS, COMPONENTS, BISPECTRUM = 50, 300, 200  # rir: images a class, and of their representation
 RESIDUAL = chdtri(PATCH**2, 0.25)  # squared norm that unit noise on a patch stays below three times in four
 CHUNK = 8  # images a worker takes at a time

@@ -19,7 +19,6 @@ LIBRARY_METHODS = [method for method in classical.METHODS if method != "gaussian
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch) -> None:
     monkeypatch.setattr(classical, "TUNING_PAIRS", 4)
-    monkeypatch.setattr(classical, "TRAINING_PATCHES", 5000)
 
 
 @cache
