@@ -21,7 +21,7 @@ import torch
 from benchmarks.sizes import Size
 from benchmarks.worker import ROOT, Gang, alternate, peak_memory, timed
 from cryo_lib.denoisers import apply, topaz
-from cryo_lib.evaluate import metrics
+from cryo_lib.evaluate import metrics, unseen
 from cryo_lib.networks import models
 from cryo_lib.simulate import density, noise, phantom, projection
 from cryo_lib.stacks import mrc, particles
@@ -68,8 +68,7 @@ def write_particles(path: Path, n: int, size: int) -> np.ndarray:
 
 def psnr(x: np.ndarray, x_hat: np.ndarray) -> float:
     """Mean PSNR (dB) of denoised images on the clean ones' grey scale, as brought there by one scale and offset."""
-    slope, offset = np.polyfit(x_hat.ravel(), x.ravel(), 1)
-    return float(metrics.psnr(x, slope * x_hat + offset).mean())
+    return float(metrics.psnr(x, unseen.on_scale(x, x_hat)).mean())
 
 
 def ours(device: str, stack: str, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
