@@ -6,10 +6,12 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,18 @@ import yaml
 
 from benchmarks.worker import ROOT
 
-TARGET = "reconstruct"  # and all before it: structures, projections, trainings, stacks denoised
-KILLS = 20
+TARGETS = ("reconstruct", "denoise", "relion")  # and all before them: structures, projections, particles, trainings
+KILLS = {  # of each stage: how often, and s, about, that it takes, within which the moments are drawn
+    "structures": (1, 5.0),
+    "projections": (1, 4.0),
+    "train": (6, 6.0),
+    "particles": (2, 6.0),
+    "train_particles": (2, 8.0),
+    "export": (2, 6.0),
+    "reconstruct": (2, 5.0),
+    "denoise": (2, 6.0),
+    "relion": (2, 60.0),
+}
 ROOM = 60_000  # bytes that a file may have, as where the disk is full
 READY = 6.0  # s, about, that `dvc repro` takes to its first stage
 
@@ -33,7 +45,9 @@ def copy(folder: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith(("results/", "figures/", "paper/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    shutil.copy2(ROOT / "scales" / "ci.yaml", folder / "params.yaml")
+    scale = yaml.safe_load((ROOT / "scales" / "ci.yaml").read_text())
+    scale["relion"] |= {"run_relion": bool(shutil.which("relion_refine_mpi")), "relion_stacks": ["clean"]}
+    (folder / "params.yaml").write_text(yaml.safe_dump(scale, sort_keys=False))
     subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=folder, check=True)
     return folder
 
@@ -46,7 +60,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def start(folder: Path) -> subprocess.Popen:
     """`dvc repro` of a copy, whose output goes to a file beside it."""
-    command = [sys.executable, "-m", "dvc", "repro", TARGET]
+    command = [sys.executable, "-m", "dvc", "repro", *TARGETS]
     with open(f"{folder}.log", "a") as log:
         return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
 
@@ -74,23 +88,30 @@ def outcome(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / "dvc.lock").read_text())
 
 
-def killed(folder: Path, seconds: float, kills: int, seed: int = 0) -> list[str]:
-    """Run a copy to its end, killed at so many random moments; the stages that were under way.
+def running(folder: Path, since: int) -> str:
+    """The stage that `dvc repro` is at, by what it has printed in a copy after so many characters; "" before one."""
+    return (re.findall(r"Running stage '([^@']+)", said(folder)[since:]) or [""])[-1]
 
-    seconds : that an uninterrupted run takes, over which the moments are spread.
-    """
-    rng, hit = np.random.default_rng(seed), []
+
+def killed(folder: Path, plan: dict[str, tuple[int, float]], seed: int = 0) -> list[str]:
+    """Run a copy to its end, killed at random moments of the stages of `plan`; the stages that were under way."""
+    rng, hit, left = np.random.default_rng(seed), [], Counter({stage: kills for stage, (kills, _) in plan.items()})
     while True:
+        since = len(said(folder)) if hit else 0
         process = start(folder)
-        try:
-            process.wait(READY + rng.uniform(0, seconds / kills) if len(hit) < kills else None)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            hit.append((re.findall(r"Running stage '([^@']+)", said(folder)) or ["none yet"])[-1])
-            continue
-        if process.returncode:
+        while process.poll() is None:
+            time.sleep(0.1)
+            if left[running(folder, since)] > 0:
+                time.sleep(rng.uniform(0, plan[running(folder, since)][1]))
+                if process.poll() is None:
+                    hit.append(running(folder, since))
+                    kill(process)
+                    left[hit[-1]] -= 1
+                break
+        if process.wait() == 0:
+            return hit
+        if process.returncode != -signal.SIGKILL:
             raise RuntimeError(f"dvc repro ended with {process.returncode}: {said(folder)[-2000:]}")
-        return hit
 
 
 def twice(folder: Path) -> tuple[bool, bool]:
@@ -114,15 +135,13 @@ def full(folder: Path) -> bool:
     return "OSError" in done.stderr and {path: path.read_bytes() for path in made.iterdir()} == before
 
 
-def measure(kills: int = KILLS) -> list[tuple[str, str, bool]]:
+def measure(plan: dict[str, tuple[int, float]] = KILLS) -> list[tuple[str, str, bool]]:
     """Each interruption, what comes of it, and whether that is right: the results of a run that nothing interrupts."""
     with tempfile.TemporaryDirectory() as name:
         plain, broken, double = (copy(Path(name, each)) for each in ("plain", "broken", "double"))
-        started = time.monotonic()
-        if start(plain).wait():
-            raise RuntimeError(f"dvc repro failed without any interruption: {said(plain)[-2000:]}")
-        seconds, stopped = time.monotonic() - started, full(plain)
-        hit = killed(broken, seconds, kills)
+        killed(plain, {})
+        stopped = full(plain)
+        hit = killed(broken, plan)
         ended, refused = twice(double)
         same = [outcome(each) == outcome(plain) for each in (broken, double)]
     stages = ", ".join(f"{stage} {hit.count(stage)}" for stage in dict.fromkeys(hit))

@@ -135,7 +135,7 @@ def main(out: Path = Path("docs/reliability.md")) -> int:
         f"Of {MUTATIONS} good files of each kind with a few bytes changed at random:",
         "| Kind | Read | Refused | Another library's error |\n|---|---|---|---|\n"
         + "\n".join(f"| {kind} | {' | '.join(str(counts[kind, result]) for result in range(3))} |" for kind in kinds),
-        f"`dvc repro {interrupted.TARGET}` at the ci scale, interrupted:",
+        f"`dvc repro {' '.join(interrupted.TARGETS)}` at the ci scale, interrupted:",
         "| Interruption | Outcome |\n|---|---|\n" + "\n".join(f"| {what} | {came} |" for what, came, _ in stops),
         "| Kind | Input | Outcome |\n|---|---|---|\n" + "\n".join(rows),
     ]

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import os
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -137,6 +138,8 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
         papermill.execute_notebook(notebook, out, parameters, **kernel, **streams)
     except PapermillExecutionError as error:
         what = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
+        if re.fullmatch(r"\d+ requested and \d+ written", error.evalue):  # NumPy's words for a file that is cut short
+            what += f"; is the disk full? {shutil.disk_usage('.').free >> 20} MiB are free here"
         raise NotebookError(f"{notebook}: {what} (executed copy: {out})") from error
     except (CellTimeoutError, DeadKernelError) as error:
         what = "expected its process to live to the end, got one that was killed or does not answer"
