@@ -62,6 +62,16 @@ def test_a_process_is_killed_with_all_that_it_started():
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_kill_knows_the_stage_that_is_under_way(tmp_path):
+    log = tmp_path / "copy.log"
+    log.write_text("Running stage 'structures@ci':\n> cryo run 00\nRunning stage 'train@ci-table1':\n")
+    first = len(log.read_text())
+    assert interrupted.running(tmp_path / "copy", 0) == "train"
+    assert interrupted.running(tmp_path / "copy", first) == ""
+    log.write_text(log.read_text() + "Running stage 'export@ci':\n")
+    assert interrupted.running(tmp_path / "copy", first) == "export"
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive does not say which files are the repository's")
 def test_a_copy_is_the_repository_at_the_ci_scale_without_results(tmp_path):
     folder = interrupted.copy(tmp_path / "copy")

@@ -162,6 +162,13 @@ def test_images_are_given_the_grey_scale_that_the_network_was_trained_on(tmp_pat
     assert model.last[:, 16, 16].mean() == pytest.approx(0.1 + 0.5 * 3, rel=0.2)
 
 
+def test_what_was_trained_on_copies_has_no_range_of_clean_images(tmp_path):
+    """Its references were noisy images, on no scale of [0, 1]: none of its images is broken for leaving that."""
+    stack, model = particle_stack(tmp_path), Seen()
+    assert apply.fit(model, CARD, stack).grey == (0.0, 1.0)
+    assert apply.fit(model, CARD | {"data": {"copies": "odd.star"}}, stack).grey is None
+
+
 def test_dark_particles_are_refused_or_inverted(tmp_path):
     stack, model = particle_stack(tmp_path, sign=-1.0), Seen()
     with pytest.raises(ValueError, match="expected particles brighter than .*, got dark ones; to invert them, pass"):

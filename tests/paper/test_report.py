@@ -106,6 +106,21 @@ def test_what_has_not_run_is_said(house):
     assert "`dvc repro maps`" in text and "`results/small/table1.csv`" in (house / "README.md").read_text()
 
 
+def test_a_notebook_that_is_no_stage_is_shown_where_it_has_been_run(house):
+    fill(house)
+    claim = nbformat.v4.new_markdown_cell("# 44 · B\n\n**Makes** b.\n\n**The paper** has none.")
+    (house / "notebooks" / "44_compare_outside.ipynb").write_text(
+        nbformat.writes(nbformat.v4.new_notebook(cells=[claim]))
+    )
+    assert "outside" not in report.results("small")
+    write_text(house / "results" / "small" / "outside.md", "| dB |\n| --- |\n| 22.9 |\n")
+    text = report.results("small")
+    assert (
+        "## B\n\n[Notebook 44](notebooks/44_compare_outside.ipynb), `cryo run 44`, no stage. **The paper** has" in text
+    )
+    assert "| 22.9 |" in text and "`figures/small/outside.png`" in text
+
+
 def test_results_hold_the_claim_the_figure_and_the_tables_and_are_written_once(house):
     fill(house)
     report.main()
