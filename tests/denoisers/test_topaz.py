@@ -12,9 +12,7 @@ FOLDER = Path(__file__).resolve().parents[2] / topaz.FOLDER
 
 def test_where_it_is_not_installed_it_says_how(tmp_path):
     assert not topaz.installed(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}: expected topaz-em .*, found none; install it: make topaz"
-    ):
+    with pytest.raises(FileNotFoundError, match="expected topaz-em .*, found none; install it: make topaz"):
         topaz.load(tmp_path)
 
 
