@@ -40,7 +40,7 @@ NEEDS = {  # least image side in px (a patch, or the basis, has to fit), module,
     "ksvd": (16, "dictlearn", "dictlearn"),
     "nlm": (7, "skimage", "scikit-image"),
     "cwf": (8, "aspire", "aspire"),
-    "rir": (32, "aspire", "aspire"),  # for as many components as it is given
+    "rir": (16, "aspire", "aspire"),  # for as many components as it is given
 }
 WIDTHS = np.geomspace(0.25, 64.0, 161)  # px, standard deviations tried by "gaussian"
 TUNING_PAIRS = 24  # training pairs, from the first on, that choose among SETTINGS
@@ -50,7 +50,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the fir
 }
 LEARNING_IMAGES = 10_000  # noisy images of training, from the first on, that "ksvd" and "cwf" learn from beside y
 PATCH, ATOMS_PER_AXIS, SWEEPS, TRAINING_PATCHES = 16, 12, 10, 5_000  # K-SVD
-NEIGHBOURS, COMPONENTS, BISPECTRUM = 50, 300, 200  # rir: images a class, and of their representation
+NEIGHBOURS, COMPONENTS = 50, 60  # rir: images a class, and components of their representation, at most
 RESIDUAL = chdtri(PATCH**2, 0.25)  # squared norm that unit noise on a patch stays below three times in four
 CHUNK = 8  # images a worker takes at a time
 Denoiser = Callable[..., np.ndarray]  # of one image, its noise level, and settings
@@ -291,7 +291,11 @@ def _by_aspire(method: str, y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndar
         Path(folder, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
         environment = {"ASPIREDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with ProcessPoolExecutor(1, env=environment) as worker:
-            return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
+            try:
+                return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
+            except RuntimeError as error:
+                problem = f"expected images that {method} can learn from, got {len(y)} of which it cannot ({error})"
+                raise ValueError(f"y: {problem}; give more, or take another method") from error
 
 
 def _cwf(y: np.ndarray, n: int) -> np.ndarray:
@@ -302,14 +306,21 @@ def _cwf(y: np.ndarray, n: int) -> np.ndarray:
 
 
 def _rir(y: np.ndarray, n: int) -> np.ndarray:
-    """Each image's class: its nearest by rotationally invariant representation, mirrored where that is nearer."""
-    from aspire.basis import FFBBasis2D
+    """Each image's class: its nearest by rotationally invariant representation, mirrored where that is nearer.
+
+    ASPIRE takes the logarithm of every component's variance: those of which noise leaves none are left out.
+    """
+    from aspire.basis import FFBBasis2D, FSPCABasis
     from aspire.classification import BFRAverager2D, RIRClass2D, TopClassSelector
     from aspire.denoising import ClassAvgSource
 
     level = y.mean(axis=(1, 2), keepdims=True)
     source, neighbours = _source(y - level), min(NEIGHBOURS, len(y))
-    sizes = {"fspca_components": COMPONENTS, "bispectrum_components": min(BISPECTRUM, len(y))}
+    np.random.seed(0)  # what draws among bispectra is given no seed
+    components = COMPONENTS
+    while (FSPCABasis(source, components=components).eigvals <= 0).any():
+        components = components * 3 // 4
+    sizes = {"fspca_components": components, "bispectrum_components": components}
     classes = RIRClass2D(source, n_nbor=neighbours, seed=0, **sizes)
     averager = BFRAverager2D(FFBBasis2D(source.L, dtype=np.float32), source)
     return ClassAvgSource(source, classes, TopClassSelector(), averager).images[:n].asnumpy() + level[:n]
