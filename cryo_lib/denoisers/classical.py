@@ -318,7 +318,7 @@ def _rir(y: np.ndarray, n: int) -> np.ndarray:
     source, neighbours = _source(y - level), min(NEIGHBOURS, len(y))
     np.random.seed(0)  # what draws among bispectra is given no seed
     components = COMPONENTS
-    while (FSPCABasis(source, components=components).eigvals <= 0).any():
+    while components > 1 and (FSPCABasis(source, components=components).eigvals <= 0).any():
         components = components * 3 // 4
     sizes = {"fspca_components": components, "bispectrum_components": components}
     classes = RIRClass2D(source, n_nbor=neighbours, seed=0, **sizes)

@@ -259,8 +259,8 @@ class Copies(Standardised):
                 problem = f"expected {of(stack)} {name}, as {stack.path} has, got {of(copies)}"
                 raise ValueError(f"{copies.path}: {problem}; give the same particles, extracted alike, row by row")
         labels = [label for label in COORDINATES if label in stack.table and label in copies.table]
-        ours, theirs = (numbers(each.path, each.table[labels]).to_numpy() for each in (stack, copies))
-        apart = (abs(ours - theirs) > 1).any(axis=1)
+        tables = [numbers(each.path, each.table[labels]).to_numpy() for each in (stack, copies) if labels]
+        apart = (abs(np.subtract(*tables)) > 1).any(axis=1) if tables else np.zeros(1, bool)
         if apart.any():
             raise ValueError(
                 f"{copies.path}: expected the particles of {stack.path} in its order, got other {' and '.join(labels)} "

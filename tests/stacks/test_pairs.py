@@ -220,6 +220,8 @@ def test_stacks_that_are_no_copies_of_each_other_are_named(volume, tmp_path):
     fewer = two(tmp_path / "few", volume, 30)[1]
     with pytest.raises(ValueError, match="odd.star: expected 60 images, as .*even.star has, got 30; give the same"):
         Copies(even, fewer, BOX, PIXEL, "bright")
+    mrc.write_stack(tmp_path / "bare" / "fine.mrcs", [odd.images[:]], odd.images.shape, PIXEL)
+    assert Copies(even, ParticleStack.open(tmp_path / "bare" / "fine.mrcs"), BOX, PIXEL, "bright").n == BOX
     mrc.write_stack(tmp_path / "bare" / "odd.mrcs", [odd.images[:]], odd.images.shape, 2 * PIXEL)
     with pytest.raises(ValueError, match="odd.mrcs: expected 10.0 A a pixel, as .* has, got 20.0"):
         Copies(even, ParticleStack.open(tmp_path / "bare" / "odd.mrcs"), BOX, PIXEL, "bright")
