@@ -34,8 +34,9 @@ def scores(x: Any, x_hat: Any) -> dict[str, np.ndarray]:
 
 def on_scale(x: Any, x_hat: Any) -> np.ndarray:
     """Denoised images on the grey scale of the references: by one slope and offset for all, least squares."""
-    slope, offset = np.polyfit(np.ravel(x_hat), np.ravel(x), 1)
-    return slope * np.asarray(x_hat) + offset
+    x, x_hat = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
+    level, around = x.mean(), x_hat - x_hat.mean()
+    return level + around * (np.vdot(around, x - level) / max(np.vdot(around, around), np.finfo(float).tiny))
 
 
 def radial_profile(images: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cryo_lib.evaluate import metrics
-from cryo_lib.evaluate.unseen import BROKEN, radial_profile, scores
+from cryo_lib.evaluate.unseen import BROKEN, on_scale, radial_profile, scores
 
 
 @pytest.fixture
@@ -25,6 +25,16 @@ def test_scores_are_the_same_on_every_grey_scale(images):
     wanted = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(x, x_hat)]
     np.testing.assert_allclose(plain["correlation"], wanted)
     np.testing.assert_array_equal(scores(x, np.zeros_like(x))["correlation"], 0)
+
+
+def test_one_scale_and_offset_bring_a_whole_stack_back():
+    """However large the stack is: millions of float32 pixels are not a problem of single precision."""
+    x = np.random.default_rng(0).random((400, 128, 128), np.float32)
+    np.testing.assert_allclose(on_scale(x, 7 - 3 * x), x, atol=1e-5)
+    np.testing.assert_allclose(on_scale(x, np.ones_like(x)), x.mean(), rtol=1e-4)
+    x, x_hat = x[:4], x[4:8]
+    slope, offset = np.polyfit(x_hat.ravel().astype(float), x.ravel().astype(float), 1)
+    np.testing.assert_allclose(on_scale(x, x_hat), slope * x_hat + offset, atol=1e-6)
 
 
 def test_an_image_is_broken_from_0_3_of_the_range_below_the_reference_on(images):
