@@ -84,8 +84,14 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """The lock file: a digest of every stage's code, parameters, and what it made, in whatever order they ran."""
-    return yaml.safe_load((folder / "dvc.lock").read_text())
+    """The lock file: a digest of every stage's code, parameters, and what it made, in whatever order they ran.
+
+    Without RELION's own folder, whose logs say when they were written.
+    """
+    stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    for stage in stages.values():
+        stage["outs"] = [out for out in stage["outs"] if not out["path"].startswith("relion/")]
+    return stages
 
 
 def running(folder: Path, since: int) -> str:
