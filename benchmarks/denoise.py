@@ -78,7 +78,7 @@ def ours(device: str, stack: str, batch: int, precision: str, out: str) -> Calla
     model = model.to(chosen, memory_format=torch.channels_last)
     known = card | {"phase_flipped": False}  # images without a CTF
     denoiser = apply.fit(model, known, opened, contrast="bright", precision=precision)
-    return _measurement(chosen, opened, denoiser, out, batch_size=batch)
+    return measured(chosen, opened, partial(apply.denoise_stack, denoiser, opened, out, batch_size=batch))
 
 
 def resnet(device: str, stack: str, width: int, batch: int, precision: str, out: str) -> Callable[..., dict[str, Any]]:
@@ -86,13 +86,15 @@ def resnet(device: str, stack: str, width: int, batch: int, precision: str, out:
     chosen, opened = torch.device(device), ParticleStack.open(stack)
     model = models.GENERATORS["resnet"](opened.images.shape[-1], width).eval()
     model = model.to(chosen, memory_format=torch.channels_last)
-    return _measurement(chosen, opened, model, out, batch_size=batch, precision=precision)
+    options = {"batch_size": batch, "precision": precision}
+    return measured(chosen, opened, partial(apply.denoise_stack, model, opened, out, **options))
 
 
-def _measurement(chosen: torch.device, opened: ParticleStack, denoiser: Any, out: str, **options: Any) -> Callable:
+def measured(chosen: torch.device, opened: ParticleStack, denoise: Callable[[], Any]) -> Callable[..., dict[str, Any]]:
+    """The measurement of what denoises a stack, as `resnet` says."""
+
     def measure() -> dict[str, Any]:
-        seconds = timed(chosen, lambda: apply.denoise_stack(denoiser, opened, out, **options))
-        return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
+        return {"work": len(opened), "seconds": timed(chosen, denoise), "peak_memory": peak_memory(chosen)}
 
     return measure
 
@@ -123,7 +125,7 @@ def released(device: str, stack: str, batch: int | None, out: str, folder: str =
         to Topaz's `Denoise.denoise`, with files read and written as for ours.
     folder : where topaz-em is installed.
     """
-    chosen, denoiser = torch.device(device), topaz.load(folder, device)
+    opened, denoiser = ParticleStack.open(stack), topaz.load(folder, device)
     own = importlib.import_module("topaz.denoise").denoise_stack
 
     def whole() -> None:
@@ -131,14 +133,8 @@ def released(device: str, stack: str, batch: int | None, out: str, folder: str =
             options = {"deconvolve": False, "patch_size": -1, "normalize": False, "use_cuda": device == "cuda"}
             own(stack, out, [denoiser], **options)
 
-    def measure() -> dict[str, Any]:
-        opened = ParticleStack.open(stack)
-        with torch.inference_mode():
-            in_batches = partial(apply.denoise_stack, denoiser.denoise, opened, out, batch_size=batch)
-            seconds = timed(chosen, whole if batch is None else in_batches)
-        return {"work": len(opened), "seconds": seconds, "peak_memory": peak_memory(chosen)}
-
-    return measure
+    in_batches = partial(apply.denoise_stack, denoiser.denoise, opened, out, batch_size=batch)
+    return measured(torch.device(device), opened, torch.inference_mode()(whole if batch is None else in_batches))
 
 
 def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def killed(folder: Path, plan: dict[str, tuple[int, float]], seed: int = 0) -> l
         process = start(folder)
         while process.poll() is None:
             time.sleep(0.1)
-            if left[running(folder, since)] > 0:
-                time.sleep(rng.uniform(0, plan[running(folder, since)][1]))
+            if left[stage := running(folder, since)] > 0:
+                time.sleep(rng.uniform(0, plan[stage][1]))
                 if process.poll() is None:
                     hit.append(running(folder, since))
                     kill(process)

@@ -86,8 +86,8 @@ def results(scale: str) -> str:
     ]
     parts += [_section(stage, before) for stage, before in placed(found).items()]
     for notebook, made in COMMANDS.items():
-        outs = tuple(path.format(scale) for path in (*made, f"paper/{{}}/{notebook}.ipynb"))
-        parts += [_section(Stage("", notebook, (), outs), [])] if Path(outs[-2]).is_file() else []
+        command = Stage("", notebook, (), tuple(path.format(scale) for path in (*made, f"paper/{{}}/{notebook}.ipynb")))
+        parts += [_section(command, [])] if all(Path(path).is_file() for path in command.made("results", ".md")) else []
     parts.append("## Executed notebooks behind these")
     parts.append("\n".join(f"- [{Path(path).stem}]({path})" for path in copies) or _missing(f"paper/{scale}/*.ipynb"))
     return "\n\n".join(parts) + "\n"

@@ -50,22 +50,23 @@ def test_a_failing_cell_is_one_line_with_the_way_to_it(notebook, capsys):
     assert out.is_file()
 
 
-def test_a_file_that_is_cut_short_asks_for_the_disk(notebook, capsys):
-    """NumPy says how much it could not write, and neither where nor why."""
+def said_of(cell, notebook, capsys):
+    """The last line of a run of a notebook with one more cell, which fails."""
     book = nbformat.read(notebook, 4)
-    book.cells.append(nbformat.v4.new_code_cell("raise OSError('8 requested and 5 written')"))
+    book.cells.append(nbformat.v4.new_code_cell(cell))
     nbformat.write(book, notebook)
     assert notebooks.main(["run", str(notebook), str(notebook.parent / "out.ipynb")]) == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_file_that_is_cut_short_asks_for_the_disk(notebook, capsys):
+    """NumPy says how much it could not write, and neither where nor why."""
+    message = said_of("raise OSError('8 requested and 5 written')", notebook, capsys)
     assert "OSError: 8 requested and 5 written; is the disk full? " in message and "MiB are free here" in message
 
 
 def test_a_kernel_that_dies_is_one_line_with_the_way_out(notebook, capsys):
-    book = nbformat.read(notebook, 4)
-    book.cells.append(nbformat.v4.new_code_cell("import os\nos.kill(os.getpid(), 9)"))
-    nbformat.write(book, notebook)
-    assert notebooks.main(["run", str(notebook), str(notebook.parent / "out.ipynb")]) == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    message = said_of("import os\nos.kill(os.getpid(), 9)", notebook, capsys)
     assert message.startswith(f"error: {notebook}: expected its process to live to the end, got one that was killed")
 
 
