@@ -87,7 +87,7 @@ def denoise(
     Raises
     ------
     TypeError, ValueError : unknown method; images empty, not finite or too small; sigma of wrong shape, <= 0 or not
-        finite; training pairs missing, not finite, of another size or without noise.
+        finite; training pairs missing, not finite, of another size or without noise; too few images for "rir".
     ModuleNotFoundError : the method's library is not installed.
 
     Notes
@@ -291,11 +291,7 @@ def _by_aspire(method: str, y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndar
         Path(folder, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
         environment = {"ASPIREDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with ProcessPoolExecutor(1, env=environment) as worker:
-            try:
-                return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
-            except RuntimeError as error:
-                problem = f"expected images that {method} can learn from, got {len(y)} of which it cannot ({error})"
-                raise ValueError(f"y: {problem}; give more, or take another method") from error
+            return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
 
 
 def _cwf(y: np.ndarray, n: int) -> np.ndarray:
@@ -321,9 +317,13 @@ def _rir(y: np.ndarray, n: int) -> np.ndarray:
     while components > 1 and (FSPCABasis(source, components=components).eigvals <= 0).any():
         components = components * 3 // 4
     sizes = {"fspca_components": components, "bispectrum_components": components}
-    classes = RIRClass2D(source, n_nbor=neighbours, seed=0, **sizes)
     averager = BFRAverager2D(FFBBasis2D(source.L, dtype=np.float32), source)
-    return ClassAvgSource(source, classes, TopClassSelector(), averager).images[:n].asnumpy() + level[:n]
+    try:
+        classes = RIRClass2D(source, n_nbor=neighbours, seed=0, **sizes)
+        return ClassAvgSource(source, classes, TopClassSelector(), averager).images[:n].asnumpy() + level[:n]
+    except RuntimeError as error:
+        problem = f"expected images that rir can learn from, got {len(y)} of which it cannot ({error})"
+        raise ValueError(f"y: {problem}; give more, or take another method") from error
 
 
 def _source(y: np.ndarray) -> Any:

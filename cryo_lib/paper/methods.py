@@ -18,7 +18,8 @@ class Entry(NamedTuple):
     Attributes
     ----------
     label : its name in tables and figures, as printed in Table 1.
-    kind : "network" (of the paper) | "classical" | "ours" | "self-supervised" | "posterior" | "bound" | "reference".
+    kind : "network" (of the paper) | "classical" | "ours" | "self-supervised" | "released" (trained by its authors) |
+        "posterior" | "bound" | "reference".
     colour, marker : matplotlib's. needs : what it is told beside the noisy image.
     """
 
@@ -55,14 +56,14 @@ METHODS: dict[str, Entry] = {  # in the order of tables; Okabe-Ito's and Tol's c
     "ours": Entry("U-Net, screened", "ours", "#004488", "d", PAIRS),
     "noise2noise": Entry("Noise2Noise", "self-supervised", "#6699cc", "1", COPIES),
     "noise2void": Entry("Noise2Void", "self-supervised", "#997700", "2", STACK),
-    "topaz": Entry("Topaz-Denoise", "self-supervised", "#88ccee", "3", NOTHING),
+    "topaz": Entry("Topaz-Denoise", "released", "#88ccee", "3", NOTHING),
     "classes": Entry("Class averages (EM)", "posterior", "#ee7733", "d", STACK),
     "posterior": Entry("Posterior", "posterior", "#7b3294", "*", f"{REFERENCES}, {LEVEL}"),
     "bayes_bound": Entry("Bayes bound", "bound", "#a50026", "", f"{TRUTH}, {LEVEL}"),
 }
 
 # What the paper has not.
-BEYOND = {name for name, entry in METHODS.items() if entry.kind in ("ours", "self-supervised", "posterior", "bound")}
+BEYOND = {name for name, entry in METHODS.items() if entry.kind not in ("network", "classical", "reference")}
 
 
 def among(names: Iterable[str]) -> dict[str, Entry]:

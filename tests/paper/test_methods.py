@@ -26,9 +26,9 @@ def test_every_method_of_a_scale_has_an_entry_of_its_kind(path):
 def test_kinds_are_what_the_library_can_run():
     kinds = {name: entry.kind for name, entry in methods.METHODS.items()}
     assert {name for name, kind in kinds.items() if kind == "classical"} == set(classical.METHODS)
-    assert set(kinds.values()) == {"network", "classical", "ours", "self-supervised", "posterior", "bound", "reference"}
-    ours = [name for name, kind in kinds.items() if kind in ("network", "self-supervised")]
-    for name in [name for name in ours if methods.METHODS[name].needs != methods.NOTHING]:  # Topaz comes trained
+    others = {"ours", "self-supervised", "released", "posterior", "bound"}
+    assert set(kinds.values()) == {"network", "classical", "reference", *others}
+    for name in [name for name, kind in kinds.items() if kind in ("network", "self-supervised")]:
         assert Method.parse(name).loss in LOSSES
         assert (Method.parse(name).target == "reference") == (kinds[name] == "network")
 
