@@ -123,6 +123,8 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from cryo_lib.paper.kernels import Manager
+
     notebook = Path(notebook)
     _read(notebook, parameters, complete)
     out = Path(out or executed(notebook, parameters))
@@ -130,7 +132,7 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    kernel = {"kernel_name": "python3", "language": "python"}
+    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Manager}
     kernel |= {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"], "start_timeout": PATIENCE}
     kernel |= {"iopub_timeout": PATIENCE, "raise_on_iopub_timeout": True}  # else what comes late is left out
     streams = {"log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
