@@ -229,6 +229,11 @@ def test_bad_parameter_files_are_named(tmp_path):
         ("junk_methods: [l2_ae", "junk_methods: [l2_gan", "no study makes: table1/l2_gan/awgn-0.1-none"),
         ("weights_study: figure4", "weights_study: figure5", "no study makes: figure5/.*_l1/measured-none/seed0"),
         ("weights_study: figure4", "weights_study: table1", "no study makes: table1/.*_l1/measured-none/seed0"),
+        (
+            "halves: [halves/beta_05_05_l1",
+            "halves: [halves/l1_ae",
+            "makes: halves/.*-half1/seed0, halves/.*-half2/seed0",
+        ),
     ]:
         assert old in laptop
         path.write_text(laptop.replace(old, new))
