@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cryo_lib import checks
 from cryo_lib.files import cores, write_json, write_text
 from cryo_lib.networks import models
 from cryo_lib.paper.report import insert
+from cryo_lib.paper.trained import revision
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {"steps": steps.run, "denoise": denoise.run}
 MEASUREMENTS |= {"memory": denoise.run_memory, "geometry": geometry.run, "growth": growth.run, "accuracy": accuracy.run}
@@ -32,13 +32,11 @@ def environment(device: str) -> dict[str, Any]:
     `revision` ends in "-dirty" where files had changed since; `load` is the number of processes that were running or
     wanted to, over the minute before.
     """
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     processor = named[0].split(":", 1)[1].strip() if named else platform.machine()
     name = torch.cuda.get_device_name() if device == "cuda" else processor
     machine = {"device": name, "device_type": device, "cores": cores(), "load": round(os.getloadavg()[0], 2)}
-    return machine | {"torch": torch.__version__, "python": platform.python_version(), "revision": revision}
+    return machine | {"torch": torch.__version__, "python": platform.python_version(), "revision": revision(ROOT)}
 
 
 def measure(device: str, size: str, only: Sequence[str], out: Path) -> dict[str, Any]:

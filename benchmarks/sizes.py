@@ -125,7 +125,7 @@ def size_of(name: str, device: str) -> Size:
             posterior={"size": 128, "width": 64, "images": 100, "batch": 16, "references": 2_000, "repeats": 3},
         )
     return Size(
-        steps=(Configuration("Paper, 128 px, width 64", 128, 64, 20, 5000, "bf16", PAPER, 1.0, 5),),
+        steps=(Configuration("Paper, 128 px, width 64", 128, 64, 20, 5000, "bf16", KINDS, 1.0, 5),),
         growth=(
             Curve("size", (32, 64, 96, 128), {"width": 64, "batch": 20, "pairs": 1000}),
             Curve("width", (4, 16, 32, 64), {"size": 128, "batch": 20, "pairs": 1000}),
