@@ -310,9 +310,13 @@ def test_a_step_never_waits_for_the_device(method, meta):
         float(out["loss_g"])
 
 
-@pytest.mark.parametrize("method", ["l2_ae", "beta_05_05_l1", "wgan_gp_l1"])
-def test_bf16_steps_are_those_of_float32_but_for_rounding(method):
-    """The losses at the initial weights agree to 2 % but not to the bit; weights and Adam's moments stay float32."""
+@pytest.mark.parametrize("method, close", [("l2_ae", 0.02), ("beta_05_05_l1", 0.02), ("wgan_gp_l1", 0.1)])
+def test_bf16_steps_are_those_of_float32_but_for_rounding(method, close):
+    """The losses at the initial weights agree to 2 % but not to the bit; weights and Adam's moments stay float32.
+
+    WGAN's agrees to 10 %: its penalty, 10 (|gradient| - 1)^2 at a norm of about 2.6, makes three times of that norm's
+    error, and processors without bf16 arithmetic of their own round elsewhere.
+    """
     found = {}
     for precision in ("float32", "bf16"):
         t = trainer(method, varied(SMALL, {"precision": precision, "width": 4, "k_g": 1}))
@@ -322,7 +326,7 @@ def test_bf16_steps_are_those_of_float32_but_for_rounding(method):
     for name in found["float32"].keys() - {"loss_g"}:  # the others are taken before the first update
         exact, rounded = found["float32"][name], found["bf16"][name]
         assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
-        torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0.0)
+        torch.testing.assert_close(rounded, exact, rtol=close, atol=0.0)
 
 
 def test_the_arithmetic_of_a_gpu_is_set_for_a_training_and_set_back():
@@ -394,8 +398,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torc
 
 @gpu
 @pytest.mark.parametrize("method", ["l1_ae", "welsch_ae", "beta_05_05_l1", "wgan_gp_l1"])
-def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method):
-    x, ends = np.random.default_rng(1).random((18, 32, 32), np.float32), []
+def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method, double):
+    """In double precision: in single, ten steps of Adam make up to 0.3 sd of one rounding of the images."""
+    x, ends = np.random.default_rng(1).random((18, 32, 32)), []
     noisy = torch.as_tensor(x[:, None] + 0.1).cuda()
     for cuda_graph in (False, True):
         settings = varied(SMALL, {"cuda_graph": cuda_graph, "eta_g": 1e-3})
@@ -411,7 +416,7 @@ def test_on_a_gpu_replayed_steps_are_the_eager_ones_and_neither_waits(method):
         t.advance(100)
         with torch.no_grad():
             ends.append(t.generator(noisy))
-    assert (ends[0] - ends[1]).abs().mean() < 0.02 * ends[0].std()
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
 
 
 def test_time_that_is_up_stops_at_a_line_of_metrics_to_be_gone_on_with(tmp_path):

@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
-from cryo_lib.networks.runs import expand
+from cryo_lib.evaluate import metrics
+from cryo_lib.networks import models
+from cryo_lib.networks.runs import Run, expand
 from cryo_lib.paper import cluster, notebooks
 from cryo_lib.paper.experiments import GRID, grid, read_scale
+from cryo_lib.stacks.dataset import Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted((ROOT / "scales").glob("*.yaml"))
@@ -234,8 +238,35 @@ def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path)
     printed = run("cluster/piece.sh 9 'table1/beta_05_05_l1/awgn-0.1-none/*' 'table1/l1_ae/*'", **here)
     assert [line for line in printed.splitlines() if line.startswith("table1/l1_ae")] == []
     assert all(path.joinpath("generator.safetensors").stat().st_mtime_ns == time_ for path, time_ in made.items())
+    run(f"{sys.executable} -m cryo_lib.paper.trained", **here)
+    check_what_has_been_trained(tmp_path)
     said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'", **here)
     assert "pattern: expected one of trainings such as table1/" in said
+
+
+def check_what_has_been_trained(folder: Path) -> None:
+    """The table and the picture hold what is finished and no more, each by its own network on the test images."""
+    data, table = Dataset(folder / "data/ci/rnap"), pd.read_csv(folder / "results/ci/trained.csv")
+    networks = table[table["study"].notna()]
+    found = {path.parent for path in (folder / "runs/ci").rglob("generator.safetensors")}
+    named = {
+        folder / "runs/ci" / row.study / Run(row.method, row.experiment, row.seed).folder: row
+        for row in networks.itertuples()
+    }
+    assert set(named) == found and len(networks) == len(found)
+    x = data.clean("test")
+    for path, row in named.items():
+        x_hat = models.denoise_images(
+            models.load(path / "generator.safetensors")[0], data.pairs("test", Experiment.parse(row.experiment))[1]
+        )
+        assert row.psnr == pytest.approx(metrics.psnr(x, x_hat).mean(), abs=1e-3) and row.images_per_s > 0
+    for row in table[table["method"] == "noisy"].itertuples():
+        assert row.mse == pytest.approx(
+            metrics.mse(*data.pairs("test", Experiment.parse(row.experiment))).mean(), rel=1e-4
+        )
+    left = len(cluster.tasks(read_scale(folder / "params.yaml"))) - len(found)
+    assert f"{left} of the scale's" in (folder / "results/ci/trained.md").read_text()
+    assert (folder / "figures/ci/trained.png").stat().st_size > 10_000
 
 
 def test_trainings_come_in_the_order_of_the_patterns_each_once():
