@@ -16,10 +16,11 @@ from cryo_lib.paper import tables
 
 FIRST = "20"  # notebooks from this number on show results
 LARGER = ("paper", "workstation")  # scales with pages of their own; the one that says most comes first
-COMMANDS = {  # notebooks that are no stages, since they take what the pipeline does not install, and what they make
+COMMANDS = {  # notebooks that are no stages, for what they take, or how long, and what they make
     "41_evaluate_general": ("results/{}/general/unseen.md",),
     "43_compare_cryodrgn": ("figures/{}/cryodrgn.png", "results/{}/cryodrgn.md"),
     "44_compare_outside": ("figures/{}/outside.png", "results/{}/outside.md"),
+    "45_add_adversary": ("figures/{}/added.png", "results/{}/added.md"),
 }
 
 

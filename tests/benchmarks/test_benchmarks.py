@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import denoise, steps, tables, worker
+from benchmarks import denoise, parts, steps, tables, worker
 from benchmarks.count import Count
 from benchmarks.plain import PlainLoop
 from benchmarks.sizes import size_of
@@ -151,6 +151,20 @@ def check(folder):
                 cells = f"| {np.median(ours / plain):.2f} (", f"| {reached:.0%} |"
                 lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
                 assert any(all(cell in line for cell in cells) for line in lines), label
+
+
+def test_the_parts_of_a_step_are_all_of_it(tmp_path, monkeypatch, one_thread):
+    """Every operation is in one part; what convolutions reach alone is what the step reaches over their share."""
+    assert parts.part_of("aten::mkldnn_convolution") == parts.part_of("aten::convolution_backward") == "Convolutions"
+    assert parts.part_of("aten::native_batch_norm_backward") == "Batch norm"
+    assert parts.part_of("aten::_fused_adam_") == "Adam" and parts.part_of("aten::sum") == parts.OTHER
+    monkeypatch.setitem(parts.FOLDERS, "quick", tmp_path)
+    rows = parts.main("quick", iterations=1)
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1) and min(row["shares"].values()) >= 0
+        assert all(row["shares"][part] > 0 for part in ("Convolutions", "Batch norm", "Adam"))
+        assert row["reached"] == pytest.approx(row["convolutions"] * row["shares"]["Convolutions"])
+    assert (tmp_path / "parts.md").read_text().endswith(tables.markdown(parts.table(rows)))
 
 
 def test_committed_tables_follow_from_their_numbers():

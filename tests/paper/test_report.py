@@ -30,7 +30,16 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith("http")]
-    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+    assert [link for link in links if not leads_somewhere((ROOT / page).parent, link)] == []
+
+
+def leads_somewhere(folder, link):
+    """Whether a file is there, and a heading that GitHub would call so."""
+    name, _, anchor = link.partition("#")
+    if not (there := (folder / name).exists()) or not anchor:
+        return there
+    headings = re.findall(r"^#+ (.*)$", (folder / name).read_text(encoding="utf-8"), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_readme_is_short_and_its_map_has_a_row_for_every_stage_that_shows_results():
