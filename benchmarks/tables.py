@@ -32,11 +32,6 @@ def part_of_ceiling(group: Results, row: Results) -> float:
     return rate_of("flop", group, row) / max(group["ceiling"]["gemm"], group["ceiling"]["conv"])
 
 
-def part_of_convolutions(group: Results, row: Results) -> float:
-    """FLOP/s of our step over those of the best of its own convolutions alone, at the same precision."""
-    return rate_of("flop", group, row) / group["ceiling"]["conv"]
-
-
 def fastest(denoised: Results, who: str) -> str | None:
     """The denoiser of the fastest row whose name begins with `who`; None where there is none."""
     rates = {row["denoiser"]: median(row["images_per_s"]) for row in denoised["rows"]}
@@ -137,7 +132,6 @@ def _steps_table(group: Results) -> pd.DataFrame:
                 "GFLOP an image": f"{row['iteration']['flop'] / group['configuration']['batch'] / 1e9:.3g}",
                 "Ours (GFLOP/s)": f"{rate_of('flop', group, row) / 1e9:,.0f}",
                 "of the ceiling": f"{part_of_ceiling(group, row):.0%}",
-                "of its convolutions' best": f"{part_of_convolutions(group, row):.0%}",
                 "Ours (GB/s)": f"{rate_of('bytes', group, row) / 1e9:,.1f}",
                 "of the copy rate": f"{rate_of('bytes', group, row) / group['ceiling']['copy']:.0%}",
                 "Memory, ours (MiB)": _mib(row["peak_memory"]["ours"]),
@@ -298,7 +292,6 @@ def summary(results: Results) -> str:
             "Plain loop (images/s)": _rate(row["images_per_s"]["plain"]),
             "Ratio": _spread(ratios(row["images_per_s"], "ours", "plain")),
             "of the ceiling": f"{part_of_ceiling(group, row):.0%}",
-            "of its convolutions' best": f"{part_of_convolutions(group, row):.0%}",
         }
         for group in results.get("steps", [])
         for row in group["rows"]
