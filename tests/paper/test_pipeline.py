@@ -300,6 +300,7 @@ def test_resolutions_follow_from_the_curves_and_clean_images_give_the_volume_bac
 def test_without_relion_the_figures_say_so(ci_run):
     report = json.loads((ci_run / "results/ci/relion.json").read_text())
     assert report == {"ran": False, "reason": "RELION left out (run_relion: false)", "stacks": {}, "version": None}
+    assert (ci_run / "results/ci/relion.md").read_text() == f"{report['reason']}\n"
 
 
 def test_particles_are_denoised_by_the_network_of_their_half_set_in_their_own_box(ci_run):
@@ -432,3 +433,6 @@ def test_relions_whole_procedure_runs_from_our_star_file(ci_run, tmp_path):
         assert log.startswith(found["commands"][step]) and log.rstrip().endswith("[finished]")
     for figure in ("24", "26"):
         whole(run_notebook(folder, figure))
+    (row,) = [line for line in (folder / "results/ci/relion.md").read_text().splitlines() if "Clean images" in line]
+    told = found["images"], found["in_class"], max(found["states_in_class"]), f"{found['pose_error']:.1f}"
+    assert row.startswith("| Clean images | " + " | ".join(map(str, told)) + f" | {found['resolution']:.1f} | ")
