@@ -40,6 +40,7 @@ test: setup
 bench: setup
 	@$(MAKE) --silent topaz || echo "Topaz-Denoise could not be installed: its row will say so"
 	python -m benchmarks
+	python -m benchmarks.parts
 
 # Topaz-Denoise (GPL-3.0), which notebook 44 and `make bench` compare with: in a folder of its own, and no dependency.
 # What it imports is here already, but for h5py.

@@ -17,8 +17,8 @@ from benchmarks.worker import ROOT
 from cryo_lib import checks
 from cryo_lib.files import cores, write_json, write_text
 from cryo_lib.networks import models
+from cryo_lib.paper.machine import device_name, revision
 from cryo_lib.paper.report import insert
-from cryo_lib.paper.trained import revision
 
 MEASUREMENTS: dict[str, Callable[[str, Size], Any]] = {"steps": steps.run, "denoise": denoise.run}
 MEASUREMENTS |= {"memory": denoise.run_memory, "geometry": geometry.run, "growth": growth.run, "accuracy": accuracy.run}
@@ -32,10 +32,8 @@ def environment(device: str) -> dict[str, Any]:
     `revision` ends in "-dirty" where files had changed since; `load` is the number of processes that were running or
     wanted to, over the minute before.
     """
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    processor = named[0].split(":", 1)[1].strip() if named else platform.machine()
-    name = torch.cuda.get_device_name() if device == "cuda" else processor
-    machine = {"device": name, "device_type": device, "cores": cores(), "load": round(os.getloadavg()[0], 2)}
+    machine = {"device": device_name(device), "device_type": device, "cores": cores()}
+    machine |= {"load": round(os.getloadavg()[0], 2)}
     return machine | {"torch": torch.__version__, "python": platform.python_version(), "revision": revision(ROOT)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +34,16 @@ def ceiling(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def rate(amount: float, work: Callable[[], Any]) -> float:
-        """Of calls in a row, for `LEAST` s or longer: a GPU is waited for once, and not after each."""
-        calls = math.ceil(LEAST / median_time(chosen, work, repeats))
-        return calls * amount / median_time(chosen, lambda: [work() for _ in range(calls)], repeats)
+        """Of calls in a row that take `LEAST` s or longer: a GPU is waited for once, and not after each."""
+
+        def row() -> None:
+            for _ in range(calls):
+                work()
+
+        calls = 1
+        while (seconds := median_time(chosen, row, repeats)) < LEAST:
+            calls *= 2
+        return calls * amount / seconds
 
     def best(works: list[tuple[float, Callable[[], Any]]]) -> float:
         return max(rate(*work) for work in works)

@@ -14,6 +14,7 @@ names+='|platformdirs|python-dateutil|six|tzdata|matplotlib|contourpy|cycler|fon
 names+='|jsonschema-specifications|referencing|rpds-py|attrs|traitlets|jupyter_core|typing_extensions'
 names+='|pydantic|pydantic_core|annotated-types|typing-inspection'
 dvc repro structures
+rm -rf build/wheels
 mkdir -p build/wheels
 grep -iE "^($names)==" requirements.lock >build/wheels/requirements.txt
 pip download --quiet --no-deps --only-binary=:all: ${2:+--python-version "$2"} --dest build/wheels -r build/wheels/requirements.txt

@@ -1,6 +1,7 @@
 """The benchmarks compare what they say: one algorithm twice, right counts, tables that follow from their numbers."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import denoise, parts, steps, tables, worker
+from benchmarks import ceiling, denoise, parts, steps, tables, worker
 from benchmarks.count import Count
 from benchmarks.plain import PlainLoop
 from benchmarks.sizes import size_of
@@ -151,6 +152,16 @@ def check(folder):
                 cells = f"| {np.median(ours / plain):.2f} (", f"| {reached:.0%} |"
                 lines = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
                 assert any(all(cell in line for cell in cells) for line in lines), label
+
+
+def test_a_ceiling_is_of_calls_in_a_row_that_take_long_enough(monkeypatch):
+    """One call takes 3 ms here: four in a row are more than 10, and their rate is that of a call."""
+    monkeypatch.setattr(ceiling, "LEAST", 0.01)
+    times = itertools.cycle([0.003, 0.006, 0.012])
+    monkeypatch.setattr(ceiling, "median_time", lambda device, work, repeats: work() or next(times))
+    options = {"size": 32, "width": 2, "batch": 2, "gemm_sizes": [8], "copy_mib": 1, "repeats": 1}
+    rates = ceiling.ceiling("cpu", "float32", **options)()
+    assert rates["gemm"] == pytest.approx(2 * 8**3 / 0.003) and rates["copy"] == pytest.approx(2**21 / 0.003)
 
 
 def test_the_parts_of_a_step_are_all_of_it(tmp_path, monkeypatch, one_thread):

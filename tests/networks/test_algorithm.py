@@ -310,12 +310,12 @@ def test_a_step_never_waits_for_the_device(method, meta):
         float(out["loss_g"])
 
 
-@pytest.mark.parametrize("method, close", [("l2_ae", 0.02), ("beta_05_05_l1", 0.02), ("wgan_gp_l1", 0.1)])
-def test_bf16_steps_are_those_of_float32_but_for_rounding(method, close):
+@pytest.mark.parametrize("method", ["l2_ae", "beta_05_05_l1", "wgan_gp_l1"])
+def test_bf16_steps_are_those_of_float32_but_for_rounding(method):
     """The losses at the initial weights agree to 2 % but not to the bit; weights and Adam's moments stay float32.
 
-    WGAN's agrees to 10 %: its penalty, 10 (|gradient| - 1)^2 at a norm of about 2.6, makes three times of that norm's
-    error, and processors without bf16 arithmetic of their own round elsewhere.
+    That of WGAN's D agrees to 10 %: its penalty, 10 (|gradient| - 1)^2 at a norm of about 2.6, makes three times of
+    that norm's error, and processors without bf16 arithmetic of their own round elsewhere.
     """
     found = {}
     for precision in ("float32", "bf16"):
@@ -326,6 +326,7 @@ def test_bf16_steps_are_those_of_float32_but_for_rounding(method, close):
     for name in found["float32"].keys() - {"loss_g"}:  # the others are taken before the first update
         exact, rounded = found["float32"][name], found["bf16"][name]
         assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+        close = 0.1 if (method, name) == ("wgan_gp_l1", "loss_d") else 0.02
         torch.testing.assert_close(rounded, exact, rtol=close, atol=0.0)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 from cryo_lib.evaluate import metrics
 from cryo_lib.networks import models
 from cryo_lib.networks.runs import Run, expand
-from cryo_lib.paper import cluster, notebooks
+from cryo_lib.paper import cluster, machine, notebooks, trained
 from cryo_lib.paper.experiments import GRID, grid, read_scale
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
@@ -260,13 +261,37 @@ def check_what_has_been_trained(folder: Path) -> None:
             models.load(path / "generator.safetensors")[0], data.pairs("test", Experiment.parse(row.experiment))[1]
         )
         assert row.psnr == pytest.approx(metrics.psnr(x, x_hat).mean(), abs=1e-3) and row.images_per_s > 0
-    for row in table[table["method"] == "noisy"].itertuples():
+    noisy = table[table["method"] == "noisy"]
+    assert noisy["experiment"].tolist() == sorted(set(noisy["experiment"]), reverse=True)  # each once
+    for row in noisy.itertuples():
         assert row.mse == pytest.approx(
             metrics.mse(*data.pairs("test", Experiment.parse(row.experiment))).mean(), rel=1e-4
         )
     left = len(cluster.tasks(read_scale(folder / "params.yaml"))) - len(found)
     assert f"{left} of the scale's" in (folder / "results/ci/trained.md").read_text()
     assert (folder / "figures/ci/trained.png").stat().st_size > 10_000
+
+
+def test_where_nothing_is_trained_that_is_said(tmp_path, monkeypatch):
+    """Before any training, and where particles alone are asked for, whose test images are others."""
+    monkeypatch.chdir(tmp_path)
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    monkeypatch.setattr(cluster, "finished", lambda params, study, run: study == "figure4")
+    for patterns, among in (([], "all"), (["figure4/*"], "figure4/*")):
+        with pytest.raises(ValueError, match=re.escape(f"among {among} of the scale 'ci', got none of ")):
+            trained.write(params, patterns)
+
+
+def test_a_revision_is_the_checkouts_or_that_which_was_packed(tmp_path, monkeypatch):
+    """Not that of another checkout around the unpacked sources, and without git on the machine."""
+    run("git init --quiet && git -c user.name=a -c user.email=a@b.c commit --quiet --allow-empty -m x", cwd=tmp_path)
+    assert machine.revision(tmp_path) == run("git rev-parse --short HEAD", cwd=tmp_path)
+    unpacked = tmp_path / "unpacked"
+    (unpacked / "build").mkdir(parents=True)
+    (unpacked / "build" / "revision").write_text("1234567\n")
+    assert machine.revision(unpacked) == "1234567"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.revision(unpacked) == "1234567" and machine.revision(tmp_path) == "unknown"
 
 
 def test_trainings_come_in_the_order_of_the_patterns_each_once():
