@@ -189,7 +189,7 @@ GRID = """
 import sys
 from pathlib import Path
 data, out = map(Path, sys.argv[1:])
-settings = runs.Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-3)
+settings = runs.Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-4)
 runs.run_grid([Run("l2_ae", "awgn-0.5-A_0.3", seed) for seed in (0, 1)], settings, data, out, out / "scratch", "cpu",
     scores=SCORES)
 """
@@ -205,10 +205,11 @@ def test_a_grid_by_two_processes_writes_what_one_writes_once(script, tmp_path):
     assert ["[2/2" in each for each in printed] == [True, False]
     task, settings = (
         Run("l2_ae", "awgn-0.5-A_0.3", 1),
-        Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-3),
+        Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-4),
     )
     runs.run(task, settings, tmp_path, tmp_path / "one", tmp_path / "s", "cpu", scores=SCORES)
     one, two = (json.loads((tmp_path / name / task.folder / "generator.json").read_text()) for name in ("one", "two"))
+    # Rounding turns the sign of Adam's first steps where a gradient is nearly 0: larger rates make 0.2 dB of that.
     assert one["validation"]["psnr"] == pytest.approx(two["validation"]["psnr"], abs=0.1)
     assert one | {"validation": 0} == two | {"validation": 0} and not list((tmp_path / "two" / "scratch").glob("*/"))
 
