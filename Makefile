@@ -22,8 +22,7 @@ scm: setup
 
 repro: scm
 	@python -m cryo_lib.paper.experiments
-	@! grep -q '^  run_relion: true' params.yaml || command -v relion_refine >/dev/null || { echo "error: expected RELION's \
-	programs on PATH, since params.yaml has run_relion: true, found none: apt-get install relion, or set it false" >&2; exit 1; }
+	@python -m cryo_lib.paper.machine
 	dvc repro
 	@python -m cryo_lib.paper.report
 	@cryo report

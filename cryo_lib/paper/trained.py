@@ -46,13 +46,12 @@ def finished(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run
 
 
 def denoised(
-    scale: str, tasks: list[tuple[str, Run]], device: torch.device, took: dict[str, float]
+    data: Dataset, runs: Path, tasks: list[tuple[str, Run]], device: torch.device, took: dict[str, float]
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """The test images as they are, by each method without training that has run on them, and by each training.
 
     Yields the `KEYS` and the speed of each, and the images `(n, h, w)`.
     """
-    data, runs = Dataset(Path("data", scale, "rnap")), Path("runs", scale)
     experiments = {run.experiment: Experiment.parse(run.experiment) for _, run in tasks}
     untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan}
     for name in dict.fromkeys(str(Experiment(each.protocol, each.snr)) for each in experiments.values()):
@@ -93,7 +92,7 @@ def write(params: dict[str, Any], patterns: list[str], device: str = "auto", scr
     tasks, data = finished(params, patterns), Dataset(Path("data", scale, "rnap"))
     x, rows = data.clean("test"), []
     titles, images, limits = ["Clean"], [x[0]], [(0.0, 1.0)]
-    for of_run, x_hat in denoised(scale, tasks, chosen, took):
+    for of_run, x_hat in denoised(data, Path("runs", scale), tasks, chosen, took):
         method, experiment, variant, seed = (of_run[name] for name in KEYS[1:])
         rows.append(tables.over_images(tables.score(x, x_hat, method, experiment, seed)).assign(**of_run))
         told = [methods.METHODS[method].label, *filter(None, [variant, f"seed {seed}" if seed > 0 else ""])]
@@ -104,17 +103,15 @@ def write(params: dict[str, Any], patterns: list[str], device: str = "auto", scr
     table = pd.concat(rows, ignore_index=True)[[*KEYS, "n_images", "mse", "psnr", "ssim", "images_per_s"]]
     tables.write_csv(Path("results", scale, "trained.csv"), table)
     figures.use_style()
-    figures.save(
-        figures.image_grid(images, titles, limits, data.card["pixel_size"], 5), Path("figures", scale, "trained")
-    )
+    grid = figures.image_grid(images, titles, limits, data.card["pixel_size"], 5)
+    figures.save(grid, Path("figures", scale, "trained"))
     everything = cluster.tasks(params)
     left = sum(not cluster.finished(params, *task) for task in everything)
-    text = (
-        f"{device_name(chosen)}, torch {torch.__version__}, revision {revision('.')}. {len(x):,} test images; PSNR and "
-    )
-    text += f"SSIM are means over them. {left} of the scale's {len(everything)} trainings are not made yet.\n\n"
-    write_text(Path("results", scale, "trained.md"), text + in_words(table))
-    return text + in_words(table)
+    text = f"{device_name(chosen)}, torch {torch.__version__}, revision {revision('.')}. {len(x):,} test images; PSNR "
+    text += f"and SSIM are means over them. {left} of the scale's {len(everything)} trainings are not made yet.\n\n"
+    text += in_words(table)
+    write_text(Path("results", scale, "trained.md"), text)
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -209,8 +209,8 @@ def test_a_grid_by_two_processes_writes_what_one_writes_once(script, tmp_path):
     )
     runs.run(task, settings, tmp_path, tmp_path / "one", tmp_path / "s", "cpu", scores=SCORES)
     one, two = (json.loads((tmp_path / name / task.folder / "generator.json").read_text()) for name in ("one", "two"))
-    # Rounding turns the sign of Adam's first steps where a gradient is nearly 0: larger rates make 0.2 dB of that.
-    assert one["validation"]["psnr"] == pytest.approx(two["validation"]["psnr"], abs=0.1)
+    # Rounding turns the sign of Adam's first steps where a gradient is nearly 0: a rate of 1e-3 makes 0.2 dB of that.
+    assert one["validation"]["psnr"] == pytest.approx(two["validation"]["psnr"], abs=0.01)
     assert one | {"validation": 0} == two | {"validation": 0} and not list((tmp_path / "two" / "scratch").glob("*/"))
 
 

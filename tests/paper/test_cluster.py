@@ -294,6 +294,17 @@ def test_a_revision_is_the_checkouts_or_that_which_was_packed(tmp_path, monkeypa
     assert machine.revision(unpacked) == "1234567" and machine.revision(tmp_path) == "unknown"
 
 
+@pytest.mark.parametrize("scale, asked", [("laptop", False), ("workstation", True)])
+def test_where_relion_is_to_run_and_is_not_there_that_is_said_first(scale, asked, tmp_path):
+    shutil.copy(ROOT / "scales" / f"{scale}.yaml", tmp_path / "params.yaml")
+    environment = os.environ | {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cryo_lib.paper.machine"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == asked, done.stderr
+    said = "expected RELION on PATH, got no such program" in done.stderr and "set run_relion: false" in done.stderr
+    assert said == asked and "Traceback" not in done.stderr
+
+
 def test_trainings_come_in_the_order_of_the_patterns_each_once():
     params = read_scale(ROOT / "scales" / "paper.yaml")
     found = cluster.in_order(params, ["table1/*/awgn-0.05-none/seed0", "table1/*/seed0", "contamination/beta*/seed1"])
