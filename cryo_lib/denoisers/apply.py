@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ import torch
 
 from cryo_lib import checks
 from cryo_lib.denoisers.ofstack import OfStack, own_pixel_size
+from cryo_lib.files import cores
 from cryo_lib.networks import models, parallel
 from cryo_lib.simulate.ctf import phase_flip
 from cryo_lib.stacks.particles import ParticleStack, write
 
 PRINT_EVERY = 10  # seconds between lines of progress
+THREADS = 8  # batches at a time of a network on a GPU
 RESIZES = ("none", "crop", "rescale")  # what may be done to images of another size, each with what stands before it
 Denoiser = torch.nn.Module | OfStack | Callable[[np.ndarray], np.ndarray]
 
@@ -36,8 +41,9 @@ def denoise_stack(
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
 
-    The next batch is read while one is denoised. Where torchrun started several processes, they take batches in turn,
-    each on its own GPU, and the first one writes.
+    Batches are read and denoised while the one before is written: one at a time, or of a `Network` on a GPU, for which
+    the host has much to do, several. Where torchrun started several processes, they take batches in turn, each on its
+    own GPU, and the first one writes.
 
     Parameters
     ----------
@@ -78,29 +84,33 @@ def denoise_stack(
                 "rescale or crop the stack explicitly, or train a network for its size"
             )
 
+    def of_batch(start: int) -> np.ndarray:
+        part = slice(start, start + batch_size)
+        y = stack.images[part]
+        x_hat = np.empty_like(y)
+        for half, each in model.items():
+            chosen = half_sets[part] == half
+            if chosen.any() and isinstance(each, torch.nn.Module):
+                x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
+            elif chosen.any() and isinstance(each, OfStack):
+                x_hat[chosen] = each(y[chosen], start + np.flatnonzero(chosen))
+            elif chosen.any():
+                x_hat[chosen] = each(y[chosen])
+        return x_hat
+
     def denoised() -> Iterator[np.ndarray]:
         started = printed = time.monotonic()
-        mine = batch_size * parallel.rank()
         starts = range(0, len(stack), batch_size * parallel.size())
-        with ThreadPoolExecutor(1) as reader:
-            ahead = [reader.submit(stack.images.__getitem__, slice(mine, mine + batch_size))]
+        threads = min(getattr(each, "threads", 1) for each in model.values())
+        with ThreadPoolExecutor(threads) as pool:
+            mine = (pool.submit(of_batch, start + batch_size * parallel.rank()) for start in starts)
+            ahead = deque(islice(mine, threads))
             for start in starts:
                 if progress and parallel.rank() == 0 and time.monotonic() - printed > PRINT_EVERY:
                     printed = time.monotonic()
                     print(f"{start} of {len(stack)} images, {start / (printed - started):.0f} a second", flush=True)
-                y, part = ahead.pop().result(), slice(start + mine, start + mine + batch_size)
-                following = slice(part.start + starts.step, part.stop + starts.step)
-                ahead.append(reader.submit(stack.images.__getitem__, following))
-                x_hat = np.empty_like(y)
-                for half, each in model.items():
-                    chosen = half_sets[part] == half
-                    if chosen.any() and isinstance(each, torch.nn.Module):
-                        x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
-                    elif chosen.any() and isinstance(each, OfStack):
-                        x_hat[chosen] = each(y[chosen], part.start + np.flatnonzero(chosen))
-                    elif chosen.any():
-                        x_hat[chosen] = each(y[chosen])
-                yield from parallel.in_order(x_hat, batch_size)
+                ahead.extend(islice(mine, 1))
+                yield from parallel.in_order(ahead.popleft().result(), batch_size)
 
     def watched() -> Iterator[np.ndarray]:
         start = 0
@@ -129,6 +139,8 @@ class Network(OfStack):
         self.precision = options.pop("precision")
         super().__init__(stack, card["image_size"], pixel_size, **options)
         self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
+        self.threads = min(THREADS, cores()) if next(model.parameters()).is_cuda else 1
+        self.passes = threading.Lock()  # a pass sets the network's mode, and how this process multiplies
         references = card["pixel_size"] and "copies" not in card.get("data", {})  # in [0, 1]; see notebooks 40 and 10
         self.grey = OfStack.grey if references else None
         if self.flips and stack.ctf is None:
@@ -148,7 +160,8 @@ class Network(OfStack):
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         background = self.card["background"]
         y = y * np.float32(background["sd"]) + np.float32(background["mean"])
-        return models.denoise_images(self.model, y, precision=self.precision)
+        with self.passes:
+            return models.denoise_images(self.model, y, precision=self.precision)
 
 
 def fit(

@@ -67,8 +67,8 @@ class Trainer(Algorithm1):
             self.generator = models.GENERATORS[settings.architecture](x.shape[-1], settings.width)
             discriminator = models.DISCRIMINATORS[settings.architecture]
             self.discriminator = None if method.adversary == "none" else discriminator(x.shape[-1], settings.width)
-        self.kept = copy.deepcopy(self.generator) if settings.average else self.generator
         self.optimise_g = self._optimiser(self.generator, settings.eta_g)
+        self.kept = copy.deepcopy(self.generator) if settings.average else self.generator
         if self.discriminator is not None:
             self.optimise_d = self._optimiser(self.discriminator, settings.eta_d)
         self.iteration, self.seconds = 0, 0.0  # the latter without evaluations
@@ -215,7 +215,7 @@ class Trainer(Algorithm1):
             if self._captures:
                 # A captured step reads its rate from the device, from one place.
                 if not isinstance(group["lr"], Tensor) or group["lr"].device.type != self.device.type:
-                    group["lr"] = torch.tensor(rate, device=self.device)
+                    group["lr"] = torch.tensor(rate, dtype=torch.float32, device=self.device)
                 group["lr"].fill_(share * rate)
             else:
                 group["lr"] = share * rate

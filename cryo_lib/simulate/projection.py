@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import finufft
@@ -308,8 +309,11 @@ def _interpolation(h: int, centre: int, pixel_size: float, n: int, new_centre: i
     """The `(n, h)` float32 matrix from samples to interpolated ones (Dirichlet's kernel); None where they are equal."""
     n = checks.integer("n", n, low=2)
     ratio = checks.number("to", to, above=0) / checks.number("pixel_size", pixel_size, above=0)
-    if n == h and abs(ratio - 1) * h < 0.01:
-        return None
+    return None if n == h and abs(ratio - 1) * h < 0.01 else _dirichlet(h, centre, ratio, n, new_centre)
+
+
+@lru_cache(maxsize=8)  # a stack's batches share it
+def _dirichlet(h: int, centre: int, ratio: float, n: int, new_centre: int) -> np.ndarray:
     at = (np.arange(n) - new_centre) * ratio + centre
     coarse = max(ratio, 1.0)
     waves = np.arange(int(h / 2 / coarse + 1e-6) + 1)
