@@ -22,7 +22,7 @@ from cryo_lib.simulate.ctf import phase_flip
 from cryo_lib.stacks.particles import ParticleStack, write
 
 PRINT_EVERY = 10  # seconds between lines of progress
-THREADS = 8  # batches at a time of a network on a GPU
+THREADS = 4  # batches at a time of a network on a GPU
 RESIZES = ("none", "crop", "rescale")  # what may be done to images of another size, each with what stands before it
 Denoiser = torch.nn.Module | OfStack | Callable[[np.ndarray], np.ndarray]
 
