@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import mrcfile
@@ -280,6 +281,23 @@ def test_a_denoiser_of_the_stack_is_told_the_rows_of_each_half_set_too(stack, tm
     for model in (of, {0: of}, {1: of, 2: of}):
         written = apply.denoise_stack(model, opened, tmp_path / "d.star", batch_size=3)
         np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
+
+
+class Together(Rows):
+    """Denoises no batch before three are asked for."""
+
+    threads, asked = 3, threading.Barrier(3)
+
+    def __call__(self, images, rows=slice(None)):
+        self.asked.wait(timeout=30)
+        return super().__call__(images, rows)
+
+
+def test_batches_of_several_threads_are_written_in_the_order_of_the_stack(stack, tmp_path):
+    opened = particles.ParticleStack.open(stack[0])
+    written = apply.denoise_stack(Together(opened, 32, 6.4, "bright"), opened, tmp_path / "d.star", batch_size=3)
+    expected = stack[1] + np.arange(7, dtype=np.float32)[:, None, None]
+    np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
 
 
 def test_what_watches_sees_each_batch_and_fills_columns_that_are_written(stack, tmp_path):
