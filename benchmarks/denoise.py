@@ -133,8 +133,8 @@ def released(device: str, stack: str, batch: int | None, out: str, folder: str =
             options = {"deconvolve": False, "patch_size": -1, "normalize": False, "use_cuda": device == "cuda"}
             own(stack, out, [denoiser], **options)
 
-    in_batches = partial(apply.denoise_stack, torch.inference_mode()(denoiser.denoise), opened, out, batch_size=batch)
-    return measured(torch.device(device), opened, torch.inference_mode()(whole) if batch is None else in_batches)
+    in_batches = partial(apply.denoise_stack, denoiser.denoise, opened, out, batch_size=batch)
+    return measured(torch.device(device), opened, torch.inference_mode()(whole if batch is None else in_batches))
 
 
 def compare(device: str, size: Size, scratch: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from cryo_lib.stacks.particles import ParticleStack, write
 
 PRINT_EVERY = 10  # seconds between lines of progress
 THREADS = 4  # batches at a time of a network on a GPU
+PASSES = threading.Lock()  # a pass sets the network's mode, and how the whole process multiplies
 RESIZES = ("none", "crop", "rescale")  # what may be done to images of another size, each with what stands before it
 Denoiser = torch.nn.Module | OfStack | Callable[[np.ndarray], np.ndarray]
 
@@ -41,9 +42,9 @@ def denoise_stack(
 ) -> Path:
     """Denoise every image of a stack and write `.mrcs` + `.star`, in batches: memory does not grow with the stack.
 
-    Batches are read and denoised while the one before is written: one at a time, or of a `Network` on a GPU, for which
-    the host has much to do, several. Where torchrun started several processes, they take batches in turn, each on its
-    own GPU, and the first one writes.
+    The next batch is read while one is denoised; a `Network` on a GPU, for which the host has much to do, denoises
+    several at a time. Where torchrun started several processes, they take batches in turn, each on its own GPU, and the
+    first one writes.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ def denoise_stack(
     columns : numbers that the star gets beside its own, `(n,)` of each label; see `stacks.particles.write`. They are
         read when all images are written: `watch` may fill them.
     watch : called with the rows (a slice) and the denoised images of each batch before it is written, in the first
-        process.
+        process and in the order of the stack.
     project : the folder that image references are relative to, those of `particles` (where it is a path) and of `out`;
         see `ParticleStack.open` and `write` for None.
     precision : of a generator's passes, as in `models.denoise_images`.
@@ -84,12 +85,13 @@ def denoise_stack(
                 "rescale or crop the stack explicitly, or train a network for its size"
             )
 
-    def of_batch(start: int) -> np.ndarray:
-        part = slice(start, start + batch_size)
-        y = stack.images[part]
+    def read(start: int) -> np.ndarray:
+        return stack.images[start : start + batch_size]
+
+    def of_batch(start: int, y: np.ndarray) -> np.ndarray:
         x_hat = np.empty_like(y)
         for half, each in model.items():
-            chosen = half_sets[part] == half
+            chosen = half_sets[start : start + batch_size] == half
             if chosen.any() and isinstance(each, torch.nn.Module):
                 x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
             elif chosen.any() and isinstance(each, OfStack):
@@ -100,17 +102,20 @@ def denoise_stack(
 
     def denoised() -> Iterator[np.ndarray]:
         started = printed = time.monotonic()
+        mine = batch_size * parallel.rank()
         starts = range(0, len(stack), batch_size * parallel.size())
-        threads = min(getattr(each, "threads", 1) for each in model.values())
+        threads = min(each.threads if isinstance(each, OfStack) else 1 for each in model.values())
         with ThreadPoolExecutor(threads) as pool:
-            mine = (pool.submit(of_batch, start + batch_size * parallel.rank()) for start in starts)
-            ahead = deque(islice(mine, threads))
+            aside = read if threads == 1 else lambda start: of_batch(start, read(start))
+            asked = (pool.submit(aside, start + mine) for start in starts)
+            ahead = deque(islice(asked, threads))
             for start in starts:
                 if progress and parallel.rank() == 0 and time.monotonic() - printed > PRINT_EVERY:
                     printed = time.monotonic()
                     print(f"{start} of {len(stack)} images, {start / (printed - started):.0f} a second", flush=True)
-                ahead.extend(islice(mine, 1))
-                yield from parallel.in_order(ahead.popleft().result(), batch_size)
+                ahead.extend(islice(asked, 1))
+                batch = ahead.popleft().result()
+                yield from parallel.in_order(of_batch(start + mine, batch) if threads == 1 else batch, batch_size)
 
     def watched() -> Iterator[np.ndarray]:
         start = 0
@@ -140,7 +145,6 @@ class Network(OfStack):
         super().__init__(stack, card["image_size"], pixel_size, **options)
         self.model, self.card, self.flips = model, card, bool(card.get("phase_flipped"))
         self.threads = min(THREADS, cores()) if next(model.parameters()).is_cuda else 1
-        self.passes = threading.Lock()  # a pass sets the network's mode, and how this process multiplies
         references = card["pixel_size"] and "copies" not in card.get("data", {})  # in [0, 1]; see notebooks 40 and 10
         self.grey = OfStack.grey if references else None
         if self.flips and stack.ctf is None:
@@ -160,7 +164,7 @@ class Network(OfStack):
     def denoise(self, y: np.ndarray, rows: Any) -> np.ndarray:
         background = self.card["background"]
         y = y * np.float32(background["sd"]) + np.float32(background["mean"])
-        with self.passes:
+        with PASSES:
             return models.denoise_images(self.model, y, precision=self.precision)
 
 

@@ -59,9 +59,11 @@ class OfStack(Grid):
     Attributes
     ----------
     grey : least and greatest value of clean images on the grey scale of what comes out; None where it has no such.
+    threads : batches of the stack that it may be called with at a time, each from a thread of its own.
     """
 
     grey: tuple[float, float] | None = (0.0, 1.0)
+    threads: int = 1
 
     def __call__(self, images: np.ndarray, rows: Any = slice(None)) -> np.ndarray:
         """Images `(m, h, h)`, those of these rows of the stack, denoised: the same shape, protein bright."""

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import mrcfile
@@ -283,21 +284,52 @@ def test_a_denoiser_of_the_stack_is_told_the_rows_of_each_half_set_too(stack, tm
         np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
 
 
-class Together(Rows):
-    """Denoises no batch before three are asked for."""
+class Backwards(Rows):
+    """Ends with the first batch after the last one has ended."""
 
-    threads, asked = 3, threading.Barrier(3)
+    threads, last = 3, threading.Event()
 
     def __call__(self, images, rows=slice(None)):
-        self.asked.wait(timeout=30)
-        return super().__call__(images, rows)
+        if 0 in rows:
+            assert self.last.wait(timeout=30)
+        x_hat = super().__call__(images, rows)
+        if 6 in rows:
+            self.last.set()
+        return x_hat
 
 
 def test_batches_of_several_threads_are_written_in_the_order_of_the_stack(stack, tmp_path):
     opened = particles.ParticleStack.open(stack[0])
-    written = apply.denoise_stack(Together(opened, 32, 6.4, "bright"), opened, tmp_path / "d.star", batch_size=3)
+    written = apply.denoise_stack(Backwards(opened, 32, 6.4, "bright"), opened, tmp_path / "d.star", batch_size=3)
     expected = stack[1] + np.arange(7, dtype=np.float32)[:, None, None]
     np.testing.assert_array_equal(particles.ParticleStack.open(written).images[:], expected)
+
+
+def test_networks_of_several_threads_multiply_as_asked_and_leave_no_trace(stack, tmp_path):
+    """The images are those of one thread; passes, of either half-set's, which set how the process multiplies, are in
+    turn."""
+    seen, alone, opened = [], threading.Lock(), particles.ParticleStack.open(stack[0])
+
+    class Multiplying(models.ResNetGenerator):
+        def forward(self, y):
+            assert alone.acquire(blocking=False)
+            time.sleep(0.02)
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+            alone.release()
+            return super().forward(y)
+
+    torch.manual_seed(0)
+    networks = [Multiplying(32, 4).eval() for _ in range(2)]
+    before, written = torch.backends.cuda.matmul.fp32_precision, {}
+    for threads in (1, 3):
+        fitted = [apply.fit(each, CARD, opened, contrast="bright", precision="tf32") for each in networks]
+        for each in fitted:
+            each.threads = threads
+        out = tmp_path / f"{threads}.star"
+        apply.denoise_stack(dict(enumerate(fitted, 1)), opened, out, batch_size=2)
+        written[threads] = particles.ParticleStack.open(out).images[:]
+    assert set(seen) == {"tf32"} and torch.backends.cuda.matmul.fp32_precision == before
+    np.testing.assert_array_equal(written[3], written[1])
 
 
 def test_what_watches_sees_each_batch_and_fills_columns_that_are_written(stack, tmp_path):
