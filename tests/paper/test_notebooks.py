@@ -201,6 +201,8 @@ def test_a_committed_notebook_keeps_the_house_rules(path):
     for node in ast.parse(code[0].source).body:
         statement = lines[node.lineno - 1 : node.end_lineno]
         assert any("  # " in line for line in statement), f"a parameter without a comment: {statement[0]}"
+    shown = code[1].source.splitlines()[-1] == "enter_root()"
+    assert not shown, "a cell that ends with enter_root() displays this machine's folder: end it with a semicolon"
     assert len(code) <= 15
     for cell in code[1:]:
         assert len(cell.source.splitlines()) <= 20, cell.source
