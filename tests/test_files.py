@@ -2,6 +2,7 @@
 
 import ast
 import errno
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
             temporary.write_text("half")
             raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_writing_is_no_result(tmp_path):
+    """DVC keeps some folders of results between runs: it must not take up what lies there half written."""
+    ignored = [line for line in (ROOT / ".dvcignore").read_text().splitlines() if line and not line.startswith("#")]
+    for name in ("generator.safetensors", "metrics.jsonl", "x" * 60 + ".json"):
+        with files.atomic(tmp_path / name) as temporary:
+            assert any(fnmatch(temporary.name, pattern) for pattern in ignored)
+            temporary.write_text("whole")
+        assert not any(fnmatch(name, pattern) for pattern in ignored)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
