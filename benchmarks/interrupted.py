@@ -23,16 +23,16 @@ import yaml
 from benchmarks.worker import ROOT
 
 TARGETS = ("reconstruct", "denoise", "relion")  # and all before them: structures, projections, particles, trainings
-KILLS = {  # of each stage: how often, and s, about, that it takes, within which the moments are drawn
-    "structures": (1, 5.0),
-    "projections": (1, 4.0),
-    "train": (6, 6.0),
-    "particles": (2, 6.0),
-    "train_particles": (2, 8.0),
-    "export": (2, 6.0),
-    "reconstruct": (2, 5.0),
-    "denoise": (2, 6.0),
-    "relion": (2, 60.0),
+KILLS = {  # of each stage: how often it is killed
+    "structures": 1,
+    "projections": 1,
+    "train": 6,
+    "particles": 2,
+    "train_particles": 2,
+    "export": 2,
+    "reconstruct": 2,
+    "denoise": 2,
+    "relion": 2,
 }
 ROOM = 60_000  # bytes that a file may have, as where the disk is full
 READY = 6.0  # s, about, that `dvc repro` takes to its first stage
@@ -88,10 +88,20 @@ def outcome(folder: Path) -> dict[str, Any]:
 
     Without RELION's own folder, whose logs say when they were written.
     """
-    stages = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
-    for stage in stages.values():
-        stage["outs"] = [out for out in stage["outs"] if not out["path"].startswith("relion/")]
-    return stages
+    made = {}
+    for name, stage in yaml.safe_load((folder / "dvc.lock").read_text())["stages"].items():
+        made[f"{name}: parameters"] = stage.get("params")
+        for entry in stage.get("deps", []) + stage.get("outs", []):
+            if not entry["path"].startswith("relion/"):
+                made[f"{name}: {entry['path']}"] = entry
+    return made
+
+
+def against(plain: dict[str, Any], folder: Path) -> tuple[str, bool]:
+    """What a copy has made beside a `plain` one's outcome, in words that name what differs; whether nothing does."""
+    made = outcome(folder)
+    other = sorted(each for each in plain | made if plain.get(each) != made.get(each))
+    return (f"other results: {', '.join(other)}", False) if other else ("the same results, to the bit", True)
 
 
 def running(folder: Path, since: int) -> str:
@@ -99,16 +109,33 @@ def running(folder: Path, since: int) -> str:
     return (re.findall(r"Running stage '([^@']+)", said(folder)[since:]) or [""])[-1]
 
 
-def killed(folder: Path, plan: dict[str, tuple[int, float]], seed: int = 0) -> list[str]:
-    """Run a copy to its end, killed at random moments of the stages of `plan`; the stages that were under way."""
-    rng, hit, left = np.random.default_rng(seed), [], Counter({stage: kills for stage, (kills, _) in plan.items()})
+def undisturbed(folder: Path) -> dict[str, float]:
+    """Run a copy to its end; s that each stage took, the mean of those of one name."""
+    process, spent, before = start(folder), Counter(), time.monotonic()
+    while process.poll() is None:
+        time.sleep(0.1)
+        now = time.monotonic()
+        spent[running(folder, 0)] += now - before
+        before = now
+    if process.returncode:
+        raise RuntimeError(f"dvc repro ended with {process.returncode}: {said(folder)[-2000:]}")
+    counts = Counter(re.findall(r"Running stage '([^@']+)", said(folder)))
+    return {stage: spent[stage] / counts[stage] for stage in counts}
+
+
+def killed(folder: Path, plan: dict[str, int], lasts: dict[str, float], seed: int = 0) -> list[str]:
+    """Run a copy to its end, killed as often as `plan` has it, at random moments of stages that last so many seconds.
+
+    The stages that were under way are returned.
+    """
+    rng, hit, left = np.random.default_rng(seed), [], Counter(plan)
     while True:
         since = len(said(folder)) if hit else 0
         process = start(folder)
         while process.poll() is None:
             time.sleep(0.1)
             if left[stage := running(folder, since)] > 0:
-                time.sleep(rng.uniform(0, plan[stage][1]))
+                time.sleep(rng.uniform(0, 0.8 * lasts[stage]))
                 if process.poll() is None:
                     hit.append(running(folder, since))
                     kill(process)
@@ -141,23 +168,22 @@ def full(folder: Path) -> bool:
     return "OSError" in done.stderr and {path: path.read_bytes() for path in made.iterdir()} == before
 
 
-def measure(plan: dict[str, tuple[int, float]] = KILLS) -> list[tuple[str, str, bool]]:
+def measure(plan: dict[str, int] = KILLS) -> list[tuple[str, str, bool]]:
     """Each interruption, what comes of it, and whether that is right: the results of a run that nothing interrupts."""
     with tempfile.TemporaryDirectory() as name:
         plain, broken, double = (copy(Path(name, each)) for each in ("plain", "broken", "double"))
-        killed(plain, {})
+        lasts = undisturbed(plain)
         stopped = full(plain)
-        hit = killed(broken, plan)
+        hit = killed(broken, plan, lasts)
         ended, refused = twice(double)
-        same = [outcome(each) == outcome(plain) for each in (broken, double)]
+        after_kills, after_double = (against(outcome(plain), each) for each in (broken, double))
     stages = ", ".join(f"{stage} {hit.count(stage)}" for stage in dict.fromkeys(hit))
     kept = {True: "an error; the files before are as they were", False: "no error, or files that are cut"}
-    words = {True: "the same results, to the bit", False: "other results"}
     return [
         (f"no room for files above {ROOM // 1000} kB", kept[stopped], stopped),
-        (f"kill -9 at {len(hit)} random moments ({stages})", f"started again: {words[same[0]]}", same[0]),
+        (f"kill -9 at {len(hit)} random moments ({stages})", f"started again: {after_kills[0]}", after_kills[1]),
         ("a second at the same time", "is refused" if refused else "is not refused", refused),
-        ("the first of two", words[same[1]] if ended else "fails", ended and same[1]),
+        ("the first of two", after_double[0] if ended else "fails", ended and after_double[1]),
     ]
 
 

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -225,6 +226,17 @@ def state_of(scratch: Path, configuration: dict[str, Any]) -> Path:
     return scratch / hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many threads for torch, then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _worker(threads: int, scores: Scores, *arguments: Any) -> dict[str, Any]:
     torch.set_num_threads(threads)
     return run(*arguments, scores=scores, quiet=True)
@@ -248,9 +260,9 @@ def run_grid(
     *,
     scores: Scores,
     variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    workers: int | None = None,
+    workers: int = 0,
 ) -> None:
-    """Train many runs: side by side on the CPU's cores, or one after another on a GPU or several.
+    """Train many runs: side by side on the CPU's cores, or one after another in this process; so on a GPU or several.
 
     A run that is finished already is left as it is. A line is printed as each one ends. Their states in `scratch` are
     removed when all have succeeded. Where torchrun started this process and others, all work on one run at a time.
@@ -259,8 +271,7 @@ def run_grid(
     ----------
     tasks, settings, data, out, scratch, device, scores : as `run`.
     variants : name -> changes of `settings`, for the tasks that have a variant.
-    workers : runs at a time on the CPU; None is one a core. Each has one thread; those of fewer tasks than cores have
-        more.
+    workers : runs at a time on the CPU; 0: one a core. Each has one thread; those of fewer tasks than cores have more.
 
     Raises
     ------
@@ -280,7 +291,7 @@ def run_grid(
         lambda: [task for task in given if not finished(task, changed[task], data, out, scores)]
     )
     alone = chosen.type != "cpu" or parallel.size() > 1 or not tasks
-    workers = 1 if alone else min(len(tasks), workers or cores())
+    workers = 1 if alone else min(len(tasks), checks.integer("workers", workers, low=0) or cores())
     if parallel.rank() == 0:
         together = f"{workers} at a time" if parallel.size() == 1 else f"by {parallel.size()} processes together"
         before = f", {len(given) - len(tasks)} finished before" if len(given) > len(tasks) else ""
@@ -289,17 +300,19 @@ def run_grid(
     states = {task: state_of(scratch, configuration) for task, configuration in configurations.items()}
     arguments = [(task, changed[task], data, out, scratch, str(chosen)) for task in tasks]
     started = time.perf_counter()
-    if alone:
-        _report(((a[0], run(*a, scores=scores)) for a in arguments), len(tasks), started)
-    else:
+    # of all that are given: sums, and so results, depend on it
+    threads = torch.get_num_threads() if alone else max(1, cores() // len(given))
+    if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            threads = max(1, cores() // len(given))  # of all: sums, and so results, depend on it
             futures = {pool.submit(_worker, threads, scores, *a): a[0] for a in arguments}
             try:
                 _report(_finished(futures, states, scores), len(tasks), started)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    else:
+        with _threads(threads):
+            _report(((a[0], run(*a, scores=scores)) for a in arguments), len(tasks), started)
     if parallel.rank() == 0:
         for state in states.values():
             shutil.rmtree(state, ignore_errors=True)

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter
 
 from cryo_lib.files import atomic
 from cryo_lib.paper.methods import METHODS
@@ -111,27 +111,29 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
 
     Returns
     -------
-    `(pixels, pixels, 4)` float RGBA in [0, 1], transparent background.
+    `(pixels, pixels, 4)` float RGBA in [0, 1], transparent where no density reaches the level.
     """
     n = len(volume)
     rotation = np.eye(3) if rotation is None else rotation
     centre = n // 2
     side = (np.arange(pixels) + 0.5) * n / pixels - 0.5 - centre
-    depth = np.arange(-centre, centre, 0.5)
     smooth = gaussian_filter(volume.astype(np.float32), 0.7)
 
     def sample(array: np.ndarray, x: Any, y: Any, z: Any) -> np.ndarray:
         points = np.tensordot(rotation, np.stack(np.broadcast_arrays(x, y, z)), axes=1) + centre
         return map_coordinates(array, points[::-1], order=1, mode="constant")
 
-    front, previous = np.full((pixels, pixels), np.nan), np.zeros((pixels, pixels))
-    hit = np.zeros((pixels, pixels), bool)
-    for z in depth:
-        plane = sample(smooth, side[None, :], side[:, None], z)
-        new = (plane >= level) & ~hit
-        front[new] = z - 0.5 * (plane[new] - level) / np.maximum(plane[new] - previous[new], 1e-9)
-        hit |= new
-        previous = plane
+    front = np.full((pixels, pixels), np.nan)
+    y, x = np.nonzero(_covered(smooth >= level, rotation, pixels))  # of the rays that have hit nothing yet
+    previous = np.zeros(len(x))
+    for z in np.arange(-centre, centre, 0.5):
+        plane = sample(smooth, side[x], side[y], z)
+        new = plane >= level
+        front[y[new], x[new]] = z - 0.5 * (plane[new] - level) / np.maximum(plane[new] - previous[new], 1e-9)
+        y, x, previous = y[~new], x[~new], plane[~new]
+    picture, hit = np.zeros((pixels, pixels, 4)), np.isfinite(front)
+    if not hit.any():
+        return picture
     y, x = np.nonzero(hit)
     gradient = np.stack([sample(g, side[x], side[y], front[hit]) for g in np.gradient(smooth)[::-1]])
     normal = -(rotation.T @ gradient)
@@ -141,11 +143,20 @@ def surface_view(volume: np.ndarray, level: float, rotation: np.ndarray | None =
     filled = np.where(hit, front, centre)
     crease = front[hit] - gaussian_filter(filled, pixels / 60)[hit]
     shade = (0.30 + 0.70 * lit) * np.clip(1 - 0.05 * np.clip(crease, 0, None), 0.45, 1)
-    shade *= 1 - 0.25 * (front[hit] - front[hit].min()) / np.ptp(front[hit])
-    picture = np.zeros((pixels, pixels, 4))
+    shade *= 1 - 0.25 * (front[hit] - front[hit].min()) / max(np.ptp(front[hit]), 1e-9)
     picture[hit, :3] = np.clip(shade, 0, 1)[:, None]
     picture[hit, 3] = 1
     return picture
+
+
+def _covered(inside: np.ndarray, rotation: np.ndarray, pixels: int) -> np.ndarray:
+    """The pixels of a view that a surface around some voxels can lie on: those near a voxel's own."""
+    n = len(inside)
+    x, y, _ = rotation.T @ (np.argwhere(inside).T[::-1] - n // 2)
+    near = np.zeros((pixels, pixels), bool)
+    column, row = (np.clip((v + 0.5 + n // 2) * pixels / n, 0, pixels - 1).astype(int) for v in (x, y))
+    near[row, column] = True
+    return maximum_filter(near, size=2 * int(np.ceil(np.sqrt(3) * pixels / n)) + 3)  # a corner of its voxel is inside
 
 
 def tint(picture: np.ndarray, colour: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy  # `scipy.stats`, which takes half a second to import, is imported where it is first used
 from scipy.special import expit
 
 from cryo_lib import checks
@@ -212,14 +212,14 @@ def screen(x: Any, y: Any, fdr: float = FDR) -> np.ndarray:
     if len(x) < FEWEST:
         raise ValueError(f"pairs: expected at least {FEWEST}, to see how good ones are spread, got {len(x)}; give more")
     z = np.arctanh(np.clip(correlations(x, y), -1 + 1e-9, 1 - 1e-9))
-    return stats.false_discovery_control(stats.norm.cdf(z, *_good(z))) > fdr
+    return scipy.stats.false_discovery_control(scipy.stats.norm.cdf(z, *_good(z))) > fdr
 
 
 def _good(z: np.ndarray) -> tuple[float, float]:
     """Centre and sd of the normal distribution that the upper values follow, by its moments between two cuts."""
-    mean, variance = stats.truncnorm.stats(*CENTRAL)
+    mean, variance = scipy.stats.truncnorm.stats(*CENTRAL)
     centre = np.median(z)
-    spread = np.median(z[z >= centre] - centre) / stats.norm.ppf(0.75)
+    spread = np.median(z[z >= centre] - centre) / scipy.stats.norm.ppf(0.75)
     for _ in range(ROUNDS):
         low, high = (centre + cut * spread for cut in CENTRAL)
         inside = z[(z >= low) & (z <= high)]

@@ -7,6 +7,7 @@ from collections import Counter
 
 import psutil
 import pytest
+import yaml
 
 from benchmarks import bad_inputs, interrupted, reliability
 from benchmarks.bad_inputs import Input
@@ -70,6 +71,18 @@ def test_a_kill_knows_the_stage_that_is_under_way(tmp_path):
     assert interrupted.running(tmp_path / "copy", first) == ""
     log.write_text(log.read_text() + "Running stage 'export@ci':\n")
     assert interrupted.running(tmp_path / "copy", first) == "export"
+
+
+def test_results_that_differ_are_named(tmp_path):
+    def locked(name, digest):
+        outs = [{"path": "results/ci", "md5": digest}, {"path": "relion/ci", "md5": name}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dvc.lock").write_text(yaml.safe_dump({"stages": {"relion@ci": {"outs": outs}}}))
+        return tmp_path / name
+
+    plain = interrupted.outcome(locked("plain", "a"))
+    assert interrupted.against(plain, locked("same", "a")) == ("the same results, to the bit", True)
+    assert interrupted.against(plain, locked("other", "b")) == ("other results: relion@ci: results/ci", False)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive does not say which files are the repository's")

@@ -156,7 +156,7 @@ def test_scores_are_what_they_are_called(data, tmp_path, capsys):
 
 
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
-    tasks = [Run(m, "awgn-0.5-none", s) for m in ("l1_ae", "js_l1") for s in (0, 1)]
+    tasks, threads = [Run(m, "awgn-0.5-none", s) for m in ("l1_ae", "js_l1") for s in (0, 1)], torch.get_num_threads()
     for workers in (1, 2):
         runs.run_grid(
             tasks, SMALL, data, tmp_path / str(workers), tmp_path / "scratch", "cpu", workers=workers, scores=SCORES
@@ -164,7 +164,7 @@ def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, 
     for task in tasks:
         assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
     assert not list((tmp_path / "scratch").glob("*/"))
-    assert "4 runs on the CPU" in capsys.readouterr().out
+    assert "4 runs on the CPU" in capsys.readouterr().out and torch.get_num_threads() == threads
 
 
 def test_seeds_differ_and_repeat(data, tmp_path):

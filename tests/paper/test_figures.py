@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from cryo_lib.paper import figures, methods
 from cryo_lib.simulate import projection
@@ -44,6 +45,20 @@ def test_a_surface_lies_where_the_projection_does_for_any_view():
         seen = projection.project(volume, rotation[None])[0]
         support = seen > 0.5 * seen.max()
         assert (surface & support).sum() > 0.6 * (surface | support).sum()
+
+
+def test_a_surface_is_seen_in_every_pixel_whose_ray_meets_it():
+    """No ray that meets the level is left out: of a point near a corner of the box, an arc, and noise."""
+    point, arc = np.zeros((2, 16, 16, 16), np.float32)
+    point[1, 14, 1], arc[8, 8, 2:14] = 40.0, 10.0
+    noise = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)
+    at = (np.arange(64) + 0.5) / 4 - 8.5
+    y, x, z = np.meshgrid(at, at, np.arange(-8, 8, 0.5), indexing="ij")
+    for rotation in [np.eye(3), *projection.random_rotations(2, 0)]:
+        points = np.tensordot(rotation, np.stack([x, y, z]), axes=1)[::-1] + 8
+        for volume in (point, arc, noise):
+            met = map_coordinates(gaussian_filter(volume, 0.7), points, order=1, mode="constant").max(axis=-1) >= 0.5
+            np.testing.assert_array_equal(figures.surface_view(volume, 0.5, rotation, pixels=64)[..., 3] > 0, met)
 
 
 def test_the_nearer_of_two_balls_is_in_front():
