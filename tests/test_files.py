@@ -4,12 +4,13 @@ import ast
 import errno
 from fnmatch import fnmatch
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
 
-from cryo_lib import checks, files
+from cryo_lib import checks, files, npz
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +32,30 @@ def test_what_a_killed_process_was_writing_is_no_result(tmp_path):
             assert any(fnmatch(temporary.name, pattern) for pattern in ignored)
             temporary.write_text("whole")
         assert not any(fnmatch(name, pattern) for pattern in ignored)
+
+
+def test_an_archive_made_again_is_the_same_file_on_every_python(tmp_path):
+    """What it holds comes back; no header says when it was made, or which Python's zipfile did."""
+    arrays = {"a/b": np.arange(6.0).reshape(2, 3).T, "half": np.float16([[1.5]]), "one": np.bool_(True), "empty": []}
+    paths = [npz.write(tmp_path / name / "x.npz", **arrays) for name in "ab"]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    with np.load(paths[0]) as found, ZipFile(paths[0]) as archive:
+        assert list(found) == list(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=name != "empty")
+        for entry in archive.infolist():
+            assert (entry.date_time, entry.extract_version, entry.extra) == ((1980, 1, 1, 0, 0, 0), 20, b"")
+            start = entry.header_offset
+            local = paths[0].read_bytes()[start : start + 30]
+            assert int.from_bytes(local[4:6], "little") == 20 and int.from_bytes(local[28:30], "little") == 0
+    with pytest.raises(ValueError):
+        npz.write(paths[0], a=np.array([{}]))
+    assert paths[0].read_bytes() == paths[1].read_bytes() and len(list(paths[0].parent.iterdir())) == 1
+
+
+def test_no_archive_is_written_otherwise():
+    for path in (*ROOT.glob("cryo_lib/**/*.py"), *ROOT.glob("notebooks/*.ipynb")):
+        assert "np.savez" not in path.read_text(), path
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import BrokenExecutor
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def denoise(
     TypeError, ValueError : unknown method; images empty, not finite or too small; sigma of wrong shape, <= 0 or not
         finite; training pairs missing, not finite, of another size or without noise; too few images for "rir".
     ModuleNotFoundError : the method's library is not installed.
+    RuntimeError : ASPIRE's process was killed.
 
     Notes
     -----
@@ -280,18 +282,30 @@ def _by_aspire(method: str, y: np.ndarray, sigma: np.ndarray, n: int) -> np.ndar
     """The first `n` images denoised by what ASPIRE learns from all.
 
     Images are scaled to unit noise (whitened): one noise variance, 1, holds for all.
-
-    Imported, ASPIRE takes over logging and writes logs and a configuration folder: it gets a process of its own.
     """
     if y.shape[1] != y.shape[2]:
         raise ValueError(f"y: {method} needs square images, got {y.shape[1]} x {y.shape[2]}; crop or pad them")
     scale = sigma.astype(np.float32)[:, None, None]
-    with tempfile.TemporaryDirectory() as folder:
-        quiet = {"log_dir": folder, "console_level": "ERROR", "log_file_level": "CRITICAL", "log_exceptions": 0}
-        Path(folder, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
-        environment = {"ASPIREDIR": folder, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with ProcessPoolExecutor(1, env=environment) as worker:
-            return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
+    worker, _ = _aspire()
+    try:
+        return worker.submit(_ASPIRE[method], y / scale, n).result() * scale[:n]
+    except BrokenExecutor as error:
+        _aspire.cache_clear()  # the next call starts another
+        problem = "expected ASPIRE's process to live to the end, got one that was killed"
+        raise RuntimeError(f"{method}: {problem}; free memory for it, or give it fewer images") from error
+
+
+@cache
+def _aspire() -> tuple[ProcessPoolExecutor, tempfile.TemporaryDirectory]:
+    """A process of ASPIRE's own, and the folder that it writes to, both for as long as this process lives.
+
+    Imported, which takes seconds, ASPIRE takes over logging and writes logs and a configuration folder.
+    """
+    folder = tempfile.TemporaryDirectory()
+    quiet = {"log_dir": folder.name, "console_level": "ERROR", "log_file_level": "CRITICAL", "log_exceptions": 0}
+    Path(folder.name, "config.yaml").write_text(json.dumps({"logging": quiet}), encoding="utf-8")
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return ProcessPoolExecutor(1, env=threads | {"ASPIREDIR": folder.name}), folder
 
 
 def _cwf(y: np.ndarray, n: int) -> np.ndarray:

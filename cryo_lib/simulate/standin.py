@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.fft
 
-from cryo_lib import checks
-from cryo_lib.files import atomic
+from cryo_lib import checks, npz
 from cryo_lib.simulate.ctf import CTF_LABELS, apply_ctf, ctf
 from cryo_lib.simulate.density import density
 from cryo_lib.simulate.noise import standardise
@@ -171,8 +170,7 @@ def make(
 def _write_model(structure: str) -> None:
     centres, electrons = coarse(gemmi.read_structure(structure))
     stored = {"centres": np.round(10 * centres).astype(np.int16), "electrons": np.round(electrons).astype(np.uint8)}
-    with atomic(MODEL) as temporary:
-        np.savez_compressed(temporary, **stored)
+    npz.write(MODEL, **stored)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from functools import cache
 
@@ -181,11 +183,21 @@ def test_aspire_stays_out_of_this_process_and_folder(tmp_path, monkeypatch, capf
     _, y, sigma = particles()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    classical._aspire.cache_clear()
     again = denoise("cwf", y, sigma)
     assert "aspire" not in sys.modules
     assert not [path for path in tmp_path.rglob("*") if "aspire" in path.name.lower() or path.name == "logs"]
     assert capfd.readouterr() == ("", "")
     np.testing.assert_array_equal(again, reference("cwf"))
+
+
+def test_another_process_of_aspire_is_started_where_one_was_killed(monkeypatch) -> None:
+    _, y, sigma = particles()
+    with monkeypatch.context() as patched:
+        patched.setitem(classical._ASPIRE, "cwf", lambda y, n: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(RuntimeError, match="cwf: expected ASPIRE's process to live .* killed; free memory"):
+            denoise("cwf", y, sigma)
+    np.testing.assert_array_equal(denoise("cwf", y, sigma), reference("cwf"))
 
 
 @pytest.mark.parametrize(("method", "least"), [(m, classical.NEEDS[m][0]) for m in LIBRARY_METHODS])
