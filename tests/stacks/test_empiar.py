@@ -7,8 +7,12 @@ import http.server
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -515,3 +519,26 @@ def test_what_is_whole_is_kept_when_another_stack_fails_and_the_next_call_goes_o
     server.asked.clear()
     require_right(server.fetch(tmp_path, 40), truth)
     assert kept and f"/P/{LAST}" in server.asked and not server.asked & {*kept, "/m.gz", "/P/shiny_2sets.star"}
+
+
+def test_a_fetch_that_is_killed_goes_on_and_ends_the_same(server, truth, tmp_path):
+    """kill -9 after the first answers, again and again: what is left of it is of no file's name."""
+    out, killed = tmp_path / "out", 0
+    code = f"from cryo_lib.stacks import empiar; empiar.BLOCK = {BLOCK}; empiar.fetch({str(out)!r}, 40, "
+    code += f"particles_url='{server.url}/P', map_url='{server.url}/m.gz')"
+    for answers in (1, 2, 3, 5, 8):
+        server.log.clear()
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        while len(server.log) < answers and process.poll() is None:
+            time.sleep(0.001)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    assert killed >= 3
+    for name in leftovers(out):
+        assert fnmatch(name, ".*-????????.*")
+        next(out.rglob(name)).unlink()
+    require_right(server.fetch(out, 40), truth)
+    server.fetch(tmp_path / "whole", 40)
+    for path in filter(Path.is_file, (tmp_path / "whole").rglob("*")):
+        assert (out / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
