@@ -104,9 +104,21 @@ def against(plain: dict[str, Any], folder: Path) -> tuple[str, bool]:
     return (f"other results: {', '.join(other)}", False) if other else ("the same results, to the bit", True)
 
 
+def begun(folder: Path, since: int = 0) -> list[str]:
+    """The stages that `dvc repro` has begun in a copy, by what it has printed after so many characters."""
+    return re.findall(r"Running stage '([^@']+)", said(folder)[since:])
+
+
 def running(folder: Path, since: int) -> str:
     """The stage that `dvc repro` is at, by what it has printed in a copy after so many characters; "" before one."""
-    return (re.findall(r"Running stage '([^@']+)", said(folder)[since:]) or [""])[-1]
+    return (begun(folder, since) or [""])[-1]
+
+
+def ended(process: subprocess.Popen, folder: Path) -> bool:
+    """Wait for the `dvc repro` of a copy: True at its end, False where it was killed; RuntimeError where it failed."""
+    if process.wait() not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"dvc repro ended with {process.returncode}: {said(folder)[-2000:]}")
+    return process.returncode == 0
 
 
 def undisturbed(folder: Path) -> dict[str, float]:
@@ -117,10 +129,8 @@ def undisturbed(folder: Path) -> dict[str, float]:
         now = time.monotonic()
         spent[running(folder, 0)] += now - before
         before = now
-    if process.returncode:
-        raise RuntimeError(f"dvc repro ended with {process.returncode}: {said(folder)[-2000:]}")
-    counts = Counter(re.findall(r"Running stage '([^@']+)", said(folder)))
-    return {stage: spent[stage] / counts[stage] for stage in counts}
+    ended(process, folder)
+    return {stage: spent[stage] / count for stage, count in Counter(begun(folder)).items()}
 
 
 def killed(folder: Path, plan: dict[str, int], lasts: dict[str, float], seed: int = 0) -> list[str]:
@@ -141,10 +151,8 @@ def killed(folder: Path, plan: dict[str, int], lasts: dict[str, float], seed: in
                     kill(process)
                     left[hit[-1]] -= 1
                 break
-        if process.wait() == 0:
+        if ended(process, folder):
             return hit
-        if process.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"dvc repro ended with {process.returncode}: {said(folder)[-2000:]}")
 
 
 def twice(folder: Path) -> tuple[bool, bool]:
@@ -175,15 +183,16 @@ def measure(plan: dict[str, int] = KILLS) -> list[tuple[str, str, bool]]:
         lasts = undisturbed(plain)
         stopped = full(plain)
         hit = killed(broken, plan, lasts)
-        ended, refused = twice(double)
-        after_kills, after_double = (against(outcome(plain), each) for each in (broken, double))
+        whole, refused = twice(double)
+        wanted = outcome(plain)
+        after_kills, after_double = (against(wanted, each) for each in (broken, double))
     stages = ", ".join(f"{stage} {hit.count(stage)}" for stage in dict.fromkeys(hit))
     kept = {True: "an error; the files before are as they were", False: "no error, or files that are cut"}
     return [
         (f"no room for files above {ROOM // 1000} kB", kept[stopped], stopped),
         (f"kill -9 at {len(hit)} random moments ({stages})", f"started again: {after_kills[0]}", after_kills[1]),
         ("a second at the same time", "is refused" if refused else "is not refused", refused),
-        ("the first of two", after_double[0] if ended else "fails", ended and after_double[1]),
+        ("the first of two", after_double[0] if whole else "fails", whole and after_double[1]),
     ]
 
 

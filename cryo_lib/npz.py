@@ -1,6 +1,6 @@
 """Archives of arrays, `.npz`, whose bytes follow from the arrays alone, so that one made again is the same file.
 
-`numpy.savez` writes other ones on Python 3.11.3 than on 3.11.4: zipfile's headers changed.
+`numpy.savez` writes other ones on Python 3.11.2 than on 3.11.7: zipfile's headers changed.
 """
 
 from __future__ import annotations
