@@ -133,7 +133,10 @@ def cores() -> int:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes away docstrings and descriptions of pydantic's fields, documentation too; comments are in no tree."""
+    """Takes away docstrings and descriptions of pydantic's fields, documentation too; comments are in no tree.
+
+    f-strings become the calls that they stand for: Python writes their quotes otherwise from 3.12 on.
+    """
 
     def visit(self, node: ast.AST) -> ast.AST:
         if (
@@ -143,7 +146,24 @@ class _Bare(ast.NodeTransformer):
             node.body = node.body[1:] or [ast.Pass()]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Field":
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "description"]
-        return self.generic_visit(node)
+        node = self.generic_visit(node)
+        return _joined(node) if isinstance(node, ast.JoinedStr) else node
+
+
+def _joined(node: ast.JoinedStr) -> ast.Call:
+    """`f"{a!r:>9} b"` as `''.join((format(repr(a), '>9'), ' b'))`; what is within it has been seen to."""
+
+    def call(name: str, *arguments: ast.expr) -> ast.Call:
+        return ast.Call(ast.Name(name), list(arguments), [])
+
+    parts = []
+    for part in node.values:
+        if isinstance(part, ast.FormattedValue):
+            named = {ord("s"): "str", ord("r"): "repr", ord("a"): "ascii"}.get(part.conversion)
+            value = call(named, part.value) if named else part.value
+            part = call("format", value, *filter(None, [part.format_spec]))
+        parts.append(part)
+    return ast.Call(ast.Attribute(ast.Constant(""), "join"), [ast.Tuple(parts)], [])
 
 
 def closure(source: str) -> str:

@@ -150,6 +150,17 @@ def test_what_documents_a_field_is_not_its_code():
     assert files.closure(source.format(0, "a count")) != files.closure(source.format(1, "a count"))
 
 
+def test_an_f_string_is_written_as_the_calls_that_it_stands_for():
+    """The quotes that Python would write it with differ between 3.11 and 3.12."""
+    source = """said = f"{a['b']!r:>{width}} and {f'{c:.2f}'}, {{}}" 'x' f"{c}" f"{d!s}{d=}" """
+    bare = files.closure(source)
+    assert not any(isinstance(node, ast.JoinedStr) for node in ast.walk(ast.parse(bare)))
+    expected, got = ({"a": {"b": "'"}, "c": 1 / 3, "d": None, "width": 7} for _ in range(2))
+    exec(source, expected)
+    exec(bare, got)
+    assert got["said"] == expected["said"]
+
+
 def test_a_relative_import_has_no_closure():
     with pytest.raises(ValueError, match="code, line 2: expected an import by full name, got a relative one"):
         files.closure("x = 1\nfrom . import b")

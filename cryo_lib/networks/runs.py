@@ -212,12 +212,13 @@ def _digest(source: str) -> str:
 
 
 def finished(task: Run, settings: Settings, data: Path, out: Path, scores: Scores) -> bool:
-    """Whether `out` holds the generator of this very configuration, on whatever device it was trained."""
+    """Whether `out` holds the generator of this very configuration, whatever device and version of torch trained it."""
     path = out / task.folder / "generator.json"
     if not (path.is_file() and path.with_suffix(".safetensors").is_file()):
         return False
     card = read_json(path)
-    wanted = configuration_of(task, settings, Dataset(data), torch.device(card["code"]["device"]), scores)
+    wanted = configuration_of(task, settings, Dataset(data), torch.device("cpu"), scores)
+    wanted["code"] = card["code"] | {"source": wanted["code"]["source"]}
     return all(card[name] == value for name, value in wanted.items())
 
 
@@ -275,10 +276,11 @@ def run_grid(
 
     Raises
     ------
-    ValueError : a task's variant is not among `variants` or is no change of settings; before anything is trained.
+    ValueError : a task's variant is not among `variants` or is no change of settings, or `workers` is below 0; before
+        anything is trained.
     TrainingError : a run failed; what the others reached is kept in `scratch`.
     """
-    given, chosen = list(tasks), models.pick_device(device)
+    given, chosen, workers = list(tasks), models.pick_device(device), checks.integer("workers", workers, low=0)
     if unknown := sorted({task.variant for task in given} - {"", *variants}):
         named = f"variant {unknown[0]!r}: expected its changes of settings in `variants`"
         raise ValueError(f"{named}, which has {list(variants) or 'none'}")
@@ -291,7 +293,7 @@ def run_grid(
         lambda: [task for task in given if not finished(task, changed[task], data, out, scores)]
     )
     alone = chosen.type != "cpu" or parallel.size() > 1 or not tasks
-    workers = 1 if alone else min(len(tasks), checks.integer("workers", workers, low=0) or cores())
+    workers = 1 if alone else min(len(tasks), workers or cores())
     if parallel.rank() == 0:
         together = f"{workers} at a time" if parallel.size() == 1 else f"by {parallel.size()} processes together"
         before = f", {len(given) - len(tasks)} finished before" if len(given) > len(tasks) else ""

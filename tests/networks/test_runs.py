@@ -113,6 +113,12 @@ def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(dat
     assert runs.finished(task, SMALL, data, out, SCORES)
     assert not runs.finished(task, varied(SMALL, {"eta_g": 0.02}), data, out, SCORES)
     assert not runs.finished(replace(task, seed=1), SMALL, data, out, SCORES)
+    card = out / task.folder / "generator.json"
+    for name, other, same in (("torch", "2.0+cu118", True), ("device", "cuda", True), ("source", "other", False)):
+        kept = json.loads(card.read_text())
+        card.write_text(json.dumps(kept | {"code": kept["code"] | {name: other}}))
+        assert runs.finished(task, SMALL, data, out, SCORES) is same
+        card.write_text(json.dumps(kept))
     (out / task.folder / "generator.safetensors").unlink()
     assert not runs.finished(task, SMALL, data, out, SCORES)
 
