@@ -27,12 +27,14 @@ repro: scm
 	@python -m cryo_lib.paper.report
 	@cryo report
 
-# Trainings of the scale in params.yaml on one GPU, for MINUTES; each call goes on where the last one stopped.
+# Trainings of the scale in params.yaml on one GPU, WORKERS at a time, for MINUTES; each call goes on where the last one
+# stopped.
 MINUTES ?= 9
+WORKERS ?= 1
 ORDER ?= 'table1/*/seed0' 'contamination/*/awgn-0.1-A_0.3/seed0' 'table1/*' 'contamination/*' 'clipped/*' 'halves/*'
 gpu: scm
 	dvc repro projections
-	python -m cryo_lib.paper.cluster train --minutes $(MINUTES) $(ORDER)
+	python -m cryo_lib.paper.cluster train --minutes $(MINUTES) --workers $(WORKERS) $(ORDER)
 
 test: setup
 	ruff check --quiet . && ruff format --quiet --check .

@@ -16,11 +16,18 @@ import math
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from cryo_lib import checks
 from cryo_lib.evaluate.metrics import SCORES
+from cryo_lib.files import cores
 from cryo_lib.networks import models, parallel, runs
 from cryo_lib.networks.runs import Run
 from cryo_lib.paper import notebooks
@@ -79,33 +86,44 @@ def in_order(params: dict[str, Any], patterns: list[str]) -> list[tuple[str, Run
     return list(found)
 
 
-def work(params: dict[str, Any], patterns: list[str], minutes: float = math.inf, device: str = "auto") -> int:
+def work(
+    params: dict[str, Any], patterns: list[str], minutes: float = math.inf, device: str = "auto", workers: int = 1
+) -> int:
     """Train what is not finished, in the order of the patterns, for so many minutes; how many trainings are left.
 
     The one under way when the time is up stops at its next line of metrics, and goes on from there at the next call.
-    A training that breaks, or has no data yet, is told of and counts as left; the others go on. RuntimeError under
-    torchrun.
+    A training that breaks, or has no data yet, is told of and counts as left; the others go on. Small networks fill no
+    GPU: `workers` train at a time, in processes of their own. RuntimeError under torchrun.
     """
     if parallel.size() > 1:
         raise RuntimeError("train: expected one process, got torchrun's several; use `run INDEX` under torchrun")
-    until, left = time.monotonic() + 60 * minutes, 0
-    for study, run in in_order(params, patterns):
-        if finished(params, study, run):
-            continue
-        data, out = folders(params, study)
-        settings, done = settings_of(params, study, run), None
-        if time.monotonic() < until:
-            print(f"{study}/{run.folder.as_posix()}", flush=True)
-            try:
-                done = runs.run(run, settings, data, out, SCRATCH, device, scores=SCORES, until=until)
-            except (runs.TrainingError, FileNotFoundError) as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-        if done:
-            print(f"  PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
-            configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)
-            shutil.rmtree(runs.state_of(SCRATCH, configuration), ignore_errors=True)
-        left += not done
-    return left
+    until = time.monotonic() + 60 * minutes
+    todo = [task for task in in_order(params, patterns) if not finished(params, *task)]
+    make = partial(_train_until, params, until, device)
+    if checks.integer("workers", workers, low=1) == 1:
+        return len(todo) - sum(map(make, todo))
+    threads = max(1, cores() // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        return len(todo) - sum(pool.map(make, todo))
+
+
+def _train_until(params: dict[str, Any], until: float, device: str, task: tuple[str, Run]) -> bool:
+    """Train one task until a time of `time.monotonic()`; whether it is finished."""
+    study, run = task
+    data, out = folders(params, study)
+    settings, done = settings_of(params, study, run), None
+    name = f"{study}/{run.folder.as_posix()}"
+    if time.monotonic() < until:
+        print(name, flush=True)
+        try:
+            done = runs.run(run, settings, data, out, SCRATCH, device, scores=SCORES, until=until)
+        except (runs.TrainingError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    if done:
+        print(f"{name}: PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
+        configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)
+        shutil.rmtree(runs.state_of(SCRATCH, configuration), ignore_errors=True)
+    return bool(done)
 
 
 def ranges(indices: list[int]) -> str:
@@ -171,13 +189,14 @@ def main(arguments: list[str] | None = None) -> int:
     piece.add_argument("patterns", nargs="*", metavar="PATTERN")
     piece.add_argument("--minutes", type=float, default=math.inf)
     piece.add_argument("--device", default="auto")
+    piece.add_argument("--workers", type=int, default=1, help="trainings at a time, each a process: %(default)s")
     options = parser.parse_args(arguments)
     try:
         params = read_scale("params.yaml")
         if options.command == "run":
             print(train(params, options.index))
         elif options.command == "train":
-            left = work(params, options.patterns, options.minutes, options.device)
+            left = work(params, options.patterns, options.minutes, options.device, options.workers)
             print(f"{left} trainings left" + (": call again" if left else ""))
         elif options.command == "collect":
             print(*collect(params, options.studies))

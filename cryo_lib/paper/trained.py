@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.files import write_text
 from cryo_lib.networks import models
 from cryo_lib.networks.runs import Run
@@ -24,6 +25,7 @@ from cryo_lib.paper.experiments import read_scale
 from cryo_lib.paper.machine import device_name, revision
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
+SPEED = ["device", "images_per_s"]
 KEYS = ["study", "method", "experiment", "variant", "seed"]
 WITHOUT_TRAINING = "baselines", "posterior", "classes"  # folders of denoised test images below runs/<scale>
 
@@ -50,27 +52,28 @@ def denoised(
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """The test images as they are, by each method without training that has run on them, and by each training.
 
-    Yields the `KEYS` and the speed of each, and the images `(n, h, w)`.
+    Yields the `KEYS`, the speed and the kind of device of each, and the images `(n, h, w)`.
     """
     experiments = {run.experiment: Experiment.parse(run.experiment) for _, run in tasks}
-    untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan}
+    untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan, "device": "—"}
     for name in dict.fromkeys(str(Experiment(each.protocol, each.snr)) for each in experiments.values()):
         yield untrained | {"method": "noisy", "experiment": name}, data.pairs("test", Experiment.parse(name))[1]
         for path in (path for folder in WITHOUT_TRAINING for path in sorted((runs / folder / name).glob("*.npy"))):
             yield untrained | {"method": path.stem, "experiment": name}, np.load(path)
     for study, run in tasks:
         folder = runs / study / run.folder
-        model, _ = models.load(folder / "generator.safetensors")
+        model, card = models.load(folder / "generator.safetensors")
         x_hat = models.denoise_images(model.to(device), data.pairs("test", experiments[run.experiment])[1])
         of_run = {"study": study, "method": methods.shown_as(study, run.method), "experiment": run.experiment}
         of_run |= {"variant": run.variant, "seed": run.seed, "images_per_s": took.get(folder.as_posix(), np.nan)}
+        of_run["device"] = card["code"]["device"]
         yield of_run, x_hat
 
 
 def in_words(table: pd.DataFrame) -> str:
     """The table as Markdown; a column of variants where there are any."""
     columns = {"method": "Method", "experiment": "Experiment", "variant": "Variant", "seed": "Seed"}
-    columns |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "images_per_s": "Training (images/s)"}
+    columns |= {"psnr": "PSNR (dB)", "ssim": "SSIM", "device": "Trained on", "images_per_s": "Training (images/s)"}
     if not table["variant"].any():
         del columns["variant"]
     readable = table.assign(
@@ -100,15 +103,16 @@ def write(params: dict[str, Any], patterns: list[str], device: str = "auto", scr
         images.append(x_hat[0])
         limits.append(figures.noise_limits(x_hat[0]) if method == "noisy" else (0.0, 1.0))
         print(titles[-1].replace("\n", ", "), flush=True)
-    table = pd.concat(rows, ignore_index=True)[[*KEYS, "n_images", "mse", "psnr", "ssim", "images_per_s"]]
+    table = pd.concat(rows, ignore_index=True)[[*KEYS, "n_images", *SCORES, *SPEED]]
     tables.write_csv(Path("results", scale, "trained.csv"), table)
     figures.use_style()
     grid = figures.image_grid(images, titles, limits, data.card["pixel_size"], 5)
     figures.save(grid, Path("figures", scale, "trained"))
     everything = cluster.tasks(params)
     left = sum(not cluster.finished(params, *task) for task in everything)
-    text = f"{device_name(chosen)}, torch {torch.__version__}, revision {revision('.')}. {len(x):,} test images; PSNR "
-    text += f"and SSIM are means over them. {left} of the scale's {len(everything)} trainings are not made yet.\n\n"
+    text = f"Evaluated on {device_name(chosen)}, torch {torch.__version__}, revision {revision('.')}. "
+    text += f"{len(x):,} test images; PSNR and SSIM are means over them. {left} of the scale's {len(everything)} "
+    text += "trainings are not made yet.\n\n"
     text += in_words(table)
     write_text(Path("results", scale, "trained.md"), text)
     return text

@@ -231,7 +231,7 @@ def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path)
     printed = run("cluster/piece.sh 0 'table1/l1_ae/*'", **here)
     (left,) = [int(line.split()[0]) for line in printed.splitlines() if "trainings left: call again" in line]
     assert left > 0 and (tmp_path / "data/ci/rnap/card.json").is_file() and not (tmp_path / "runs").exists()
-    printed = run("cluster/piece.sh 9 'table1/l1_ae/*'", **here)
+    printed = run("cluster/piece.sh 9 --workers 2 'table1/l1_ae/*'", **here)
     assert printed.splitlines()[-1] == "0 trainings left"
     made = {path.parent: path.stat().st_mtime_ns for path in tmp_path.glob("runs/ci/table1/**/generator.safetensors")}
     assert len(made) == left and {path.parents[1].name for path in made} == {"l1_ae"}
@@ -243,6 +243,8 @@ def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path)
     check_what_has_been_trained(tmp_path)
     said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'", **here)
     assert "pattern: expected one of trainings such as table1/" in said
+    said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train --workers 0", **here)
+    assert "workers: expected" in said
 
 
 def check_what_has_been_trained(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The pipeline is whole: dependencies, parameters one and the same, and a ci-scale run from nothing to figures."""
 
+import hashlib
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from cryo_lib.stacks.dataset import SPLITS, Dataset, Experiment
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 RUNS = {name: stage for name, stage in STAGES.items() if stage["cmd"].startswith("cryo run")}
+CHECKPOINTS = ".ipynb_checkpoints"  # what JupyterLab keeps beside a notebook, which DVC passes over
 MISSING = [sys.executable, "-m", "cryo_lib.paper.cluster", "missing"]
 SHOWN = ("03", "06", "08", "11", "17", "18", "19")  # what they show on the way is published as well
 IDENTITY = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
@@ -57,6 +59,28 @@ def test_every_notebook_has_one_stage_and_training_two_and_the_pipeline_is_short
     wanted = [*(ROOT / "notebooks").glob("[0-3]*.ipynb"), ROOT / "notebooks" / "03_train_networks.ipynb"]
     assert sorted(notebook_of(stage) for stage in RUNS.values()) == sorted(wanted)
     assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 500
+
+
+def md5(path: Path) -> str:
+    """As dvc.lock has it, of a file or, by those of its files, of a folder."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes()).hexdigest()
+    files = [file for file in path.rglob("*") if file.is_file() and not {*file.parts} & {"__pycache__", CHECKPOINTS}]
+    listed = [{"md5": md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    listed = json.dumps(sorted(listed, key=lambda file: file["relpath"]), sort_keys=True)
+    return f"{hashlib.md5(listed.encode()).hexdigest()}.dir"
+
+
+def test_the_results_in_git_are_those_of_this_code(tmp_path):
+    """A fresh clone's run leaves dvc.lock and every file as they are; where this fails, run `dvc repro` and commit."""
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    entries = [entry for stage in stages.values() for entry in (*stage.get("deps", []), *stage["outs"])]
+    locked = {entry["path"]: entry["md5"] for entry in entries}
+    held = {path: ROOT / path for path in locked if (ROOT / path).is_file()}
+    held |= {"cryo_lib": ROOT / "cryo_lib", "notebooks": ROOT / "notebooks"}
+    held |= {f"build/nbsrc/{path.name}": path for path in notebooks.export(ROOT / "notebooks", tmp_path)}
+    compared = held.keys() & locked  # notebooks that are no stages are in no lock
+    assert {path for path in compared if locked[path] != md5(held[path])} == set() and len(compared) > 200
 
 
 def test_text_of_a_section_reaches_a_command_to_the_letter():
