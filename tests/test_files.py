@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import json
 from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import ZipFile
@@ -159,6 +160,17 @@ def test_an_f_string_is_written_as_the_calls_that_it_stands_for():
     exec(source, expected)
     exec(bare, got)
     assert got["said"] == expected["said"]
+
+
+def test_no_format_ends_in_a_value():
+    """After the width of `f"{a:{width}}"` Python 3.12.1 keeps an empty text, others do not; write `f"{a:{width}d}"`."""
+    sources = [path.read_text() for path in (ROOT / "cryo_lib").rglob("*.py")]
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        sources += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    formats = [node for source in sources for node in ast.walk(ast.parse(source)) if hasattr(node, "format_spec")]
+    ends = [node.format_spec.values[-1] for node in formats if node.format_spec]
+    assert len(ends) > 100 and all(isinstance(end, ast.Constant) and end.value for end in ends)
 
 
 def test_a_relative_import_has_no_closure():

@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -92,33 +95,48 @@ def work(
     """Train what is not finished, in the order of the patterns, for so many minutes; how many trainings are left.
 
     The one under way when the time is up stops at its next line of metrics, and goes on from there at the next call.
-    A training that breaks, or has no data yet, is told of and counts as left; the others go on. Small networks fill no
-    GPU: `workers` train at a time, in processes of their own. RuntimeError under torchrun.
+    A training that breaks, or has no data yet, is told of and counts as left; the others go on. Small networks do not
+    fill a GPU: `workers` train at a time, each in a process of its own. On the CPU they share its cores, and sums, and
+    so results, depend on the threads of each. RuntimeError under torchrun.
     """
     if parallel.size() > 1:
         raise RuntimeError("train: expected one process, got torchrun's several; use `run INDEX` under torchrun")
-    until = time.monotonic() + 60 * minutes
-    todo = [task for task in in_order(params, patterns) if not finished(params, *task)]
-    make = partial(_train_until, params, until, device)
-    if checks.integer("workers", workers, low=1) == 1:
-        return len(todo) - sum(map(make, todo))
-    threads = max(1, cores() // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        return len(todo) - sum(pool.map(make, todo))
+    asked = in_order(params, patterns)
+    workers = min(checks.integer("workers", workers, low=1), len(asked))
+    make = partial(_train_until, params, time.monotonic() + 60 * minutes, device)
+    if workers == 1:
+        return len(asked) - sum(map(make, asked))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (max(1, cores() // workers),)) as pool:
+        return len(asked) - sum(pool.map(make, asked))
+
+
+def _begin(threads: int) -> None:
+    """A worker begins: it ends at once where it is interrupted, and where the process that started it has ended."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def leave() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def _train_until(params: dict[str, Any], until: float, device: str, task: tuple[str, Run]) -> bool:
-    """Train one task until a time of `time.monotonic()`; whether it is finished."""
+    """Train a task that is not finished until a time of `time.monotonic()`; whether it is finished then."""
+    if finished(params, *task):
+        return True
+    if time.monotonic() > until:
+        return False
     study, run = task
     data, out = folders(params, study)
-    settings, done = settings_of(params, study, run), None
-    name = f"{study}/{run.folder.as_posix()}"
-    if time.monotonic() < until:
-        print(name, flush=True)
-        try:
-            done = runs.run(run, settings, data, out, SCRATCH, device, scores=SCORES, until=until)
-        except (runs.TrainingError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    settings, name = settings_of(params, study, run), f"{study}/{run.folder.as_posix()}"
+    print(name, flush=True)
+    try:
+        done = runs.run(run, settings, data, out, SCRATCH, device, scores=SCORES, until=until)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+        return False
     if done:
         print(f"{name}: PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
         configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)

@@ -55,7 +55,7 @@ def denoised(
     Yields the `KEYS`, the speed and the kind of device of each, and the images `(n, h, w)`.
     """
     experiments = {run.experiment: Experiment.parse(run.experiment) for _, run in tasks}
-    untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan, "device": "—"}
+    untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan, "device": ""}
     for name in dict.fromkeys(str(Experiment(each.protocol, each.snr)) for each in experiments.values()):
         yield untrained | {"method": "noisy", "experiment": name}, data.pairs("test", Experiment.parse(name))[1]
         for path in (path for folder in WITHOUT_TRAINING for path in sorted((runs / folder / name).glob("*.npy"))):
@@ -81,6 +81,7 @@ def in_words(table: pd.DataFrame) -> str:
         psnr=table["psnr"].map("{:.2f}".format),
         ssim=table["ssim"].map("{:.3f}".format),
         seed=table["seed"].map(lambda seed: "—" if seed < 0 else str(seed)),
+        device=table["device"].replace("", "—"),
         images_per_s=table["images_per_s"].map(lambda rate: "—" if np.isnan(rate) else f"{rate:,.0f}"),
     )
     return tables.markdown(readable[list(columns)].rename(columns=columns))
@@ -98,8 +99,9 @@ def write(params: dict[str, Any], patterns: list[str], device: str = "auto", scr
     for of_run, x_hat in denoised(data, Path("runs", scale), tasks, chosen, took):
         method, experiment, variant, seed = (of_run[name] for name in KEYS[1:])
         rows.append(tables.over_images(tables.score(x, x_hat, method, experiment, seed)).assign(**of_run))
-        told = [methods.METHODS[method].label, *filter(None, [variant, f"seed {seed}" if seed > 0 else ""])]
-        titles.append(f"{', '.join(told)}\n{experiment}\n{rows[-1]['psnr'].item():.1f} dB")
+        named = ", ".join(filter(None, [methods.METHODS[method].label, variant]))
+        told = f"{experiment}, seed {seed}" if seed > 0 else experiment
+        titles.append(f"{named}\n{told}\n{rows[-1]['psnr'].item():.1f} dB")
         images.append(x_hat[0])
         limits.append(figures.noise_limits(x_hat[0]) if method == "noisy" else (0.0, 1.0))
         print(titles[-1].replace("\n", ", "), flush=True)

@@ -241,10 +241,32 @@ def test_a_machine_without_the_environment_trains_in_pieces_that_go_on(tmp_path)
     assert all(path.joinpath("generator.safetensors").stat().st_mtime_ns == time_ for path, time_ in made.items())
     run(f"{sys.executable} -m cryo_lib.paper.trained", **here)
     check_what_has_been_trained(tmp_path)
+    check_workers_leave_with_the_process_that_started_them(here)
     said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train 'tabel1/*'", **here)
     assert "pattern: expected one of trainings such as table1/" in said
     said = refusal(f"{sys.executable} -m cryo_lib.paper.cluster train --workers 0", **here)
     assert "workers: expected" in said
+
+
+def check_workers_leave_with_the_process_that_started_them(here: dict) -> None:
+    command = [sys.executable, "-m", "cryo_lib.paper.cluster", "train", "--workers", "2", "contamination/*"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **here)
+    assert parent.stdout.readline().startswith("contamination/")  # a worker trains
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    parent.terminate()
+    parent.wait()
+    until = time.monotonic() + 60
+    while any(map(runs_still, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not list(filter(runs_still, workers))
+
+
+def runs_still(process: str) -> bool:
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def check_what_has_been_trained(folder: Path) -> None:
@@ -269,9 +291,28 @@ def check_what_has_been_trained(folder: Path) -> None:
         assert row.mse == pytest.approx(
             metrics.mse(*data.pairs("test", Experiment.parse(row.experiment))).mean(), rel=1e-4
         )
+    assert set(networks["device"]) == {"cpu"} and "| Trained on |" in (folder / "results/ci/trained.md").read_text()
     left = len(cluster.tasks(read_scale(folder / "params.yaml"))) - len(found)
     assert f"{left} of the scale's" in (folder / "results/ci/trained.md").read_text()
     assert (folder / "figures/ci/trained.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("no space"), ValueError("damaged")])
+def test_a_training_that_breaks_is_told_of_and_the_others_go_on(error, monkeypatch, capsys):
+    params, begun = read_scale(ROOT / "scales" / "ci.yaml"), []
+
+    def break_or_run_out_of_time(task: Run, *_: object, **__: object) -> None:
+        begun.append(task)
+        if len(begun) == 1:
+            raise error
+
+    monkeypatch.setattr(cluster, "finished", lambda params, study, run: run.method == "l2_ae")
+    monkeypatch.setattr(cluster.runs, "run", break_or_run_out_of_time)
+    asked = [run for _, run in cluster.in_order(params, ["table1/*"]) if run.method != "l2_ae"]
+    assert cluster.work(params, ["table1/*"]) == len(asked) > 1 and begun == asked
+    said = capsys.readouterr()
+    assert said.err == f"error: table1/{asked[0].folder.as_posix()}: {error}\n"
+    assert said.out.splitlines() == [f"table1/{run.folder.as_posix()}" for run in asked]
 
 
 def test_where_nothing_is_trained_that_is_said(tmp_path, monkeypatch):
