@@ -104,7 +104,7 @@ def work(
     asked = in_order(params, patterns)
     workers = min(checks.integer("workers", workers, low=1), len(asked))
     make = partial(_train_until, params, time.monotonic() + 60 * minutes, device)
-    if workers == 1:
+    if workers <= 1:
         return len(asked) - sum(map(make, asked))
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (max(1, cores() // workers),)) as pool:
         return len(asked) - sum(pool.map(make, asked))
@@ -126,7 +126,7 @@ def _train_until(params: dict[str, Any], until: float, device: str, task: tuple[
     """Train a task that is not finished until a time of `time.monotonic()`; whether it is finished then."""
     if finished(params, *task):
         return True
-    if time.monotonic() > until:
+    if time.monotonic() >= until:
         return False
     study, run = task
     data, out = folders(params, study)
@@ -137,11 +137,12 @@ def _train_until(params: dict[str, Any], until: float, device: str, task: tuple[
     except (RuntimeError, ValueError, OSError) as error:
         print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         return False
-    if done:
-        print(f"{name}: PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
-        configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)
-        shutil.rmtree(runs.state_of(SCRATCH, configuration), ignore_errors=True)
-    return bool(done)
+    if not done:
+        return False
+    print(f"{name}: PSNR {done['psnr']:.2f} dB, SSIM {done['ssim']:.3f}", flush=True)
+    configuration = runs.configuration_of(run, settings, Dataset(data), models.pick_device(device), SCORES)
+    shutil.rmtree(runs.state_of(SCRATCH, configuration), ignore_errors=True)
+    return True
 
 
 def ranges(indices: list[int]) -> str:

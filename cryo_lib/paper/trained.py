@@ -25,7 +25,6 @@ from cryo_lib.paper.experiments import read_scale
 from cryo_lib.paper.machine import device_name, revision
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
-SPEED = ["device", "images_per_s"]
 KEYS = ["study", "method", "experiment", "variant", "seed"]
 WITHOUT_TRAINING = "baselines", "posterior", "classes"  # folders of denoised test images below runs/<scale>
 
@@ -55,7 +54,7 @@ def denoised(
     Yields the `KEYS`, the speed and the kind of device of each, and the images `(n, h, w)`.
     """
     experiments = {run.experiment: Experiment.parse(run.experiment) for _, run in tasks}
-    untrained = {"study": "", "variant": "", "seed": -1, "images_per_s": np.nan, "device": ""}
+    untrained = {"study": "", "variant": "", "seed": -1, "device": "", "images_per_s": np.nan}
     for name in dict.fromkeys(str(Experiment(each.protocol, each.snr)) for each in experiments.values()):
         yield untrained | {"method": "noisy", "experiment": name}, data.pairs("test", Experiment.parse(name))[1]
         for path in (path for folder in WITHOUT_TRAINING for path in sorted((runs / folder / name).glob("*.npy"))):
@@ -65,8 +64,8 @@ def denoised(
         model, card = models.load(folder / "generator.safetensors")
         x_hat = models.denoise_images(model.to(device), data.pairs("test", experiments[run.experiment])[1])
         of_run = {"study": study, "method": methods.shown_as(study, run.method), "experiment": run.experiment}
-        of_run |= {"variant": run.variant, "seed": run.seed, "images_per_s": took.get(folder.as_posix(), np.nan)}
-        of_run["device"] = card["code"]["device"]
+        of_run |= {"variant": run.variant, "seed": run.seed, "device": card["code"]["device"]}
+        of_run["images_per_s"] = took.get(folder.as_posix(), np.nan)
         yield of_run, x_hat
 
 
@@ -105,7 +104,7 @@ def write(params: dict[str, Any], patterns: list[str], device: str = "auto", scr
         images.append(x_hat[0])
         limits.append(figures.noise_limits(x_hat[0]) if method == "noisy" else (0.0, 1.0))
         print(titles[-1].replace("\n", ", "), flush=True)
-    table = pd.concat(rows, ignore_index=True)[[*KEYS, "n_images", *SCORES, *SPEED]]
+    table = pd.concat(rows, ignore_index=True)[[*KEYS, "n_images", *SCORES, "device", "images_per_s"]]
     tables.write_csv(Path("results", scale, "trained.csv"), table)
     figures.use_style()
     grid = figures.image_grid(images, titles, limits, data.card["pixel_size"], 5)
