@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -197,11 +200,14 @@ def _write_lines(path: Path, history: list[dict[str, Any]]) -> None:
 def configuration_of(
     task: Run, settings: Settings, dataset: Dataset, device: torch.device, scores: Scores
 ) -> dict[str, Any]:
-    """All that a run's result depends on, as its card holds it: the data and the code by their digests."""
+    """All that a run's result depends on, as its card holds it: the data and the code by their digests.
+
+    Torch is told by its version without the build (+cpu, +cu130), which changes nothing on one device.
+    """
     modules = sorted({__name__, *(score.__module__ for score in scores.values())})
     named = {name: score.__qualname__ for name, score in scores.items()}
     source = _digest(f"import {', '.join(modules)}\n{named}")
-    code = {"torch": torch.__version__, "device": device.type, "source": source}
+    code = {"torch": torch.__version__.partition("+")[0], "device": device.type, "source": source}
     return {"run": asdict(task), "settings": settings.model_dump(), "data": dataset.card, "code": code}
 
 
@@ -238,9 +244,23 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _worker(threads: int, scores: Scores, *arguments: Any) -> dict[str, Any]:
+def side_by_side(workers: int, threads: int) -> ProcessPoolExecutor:
+    """A pool of processes to train in, of so many threads each.
+
+    They end at once where they are interrupted, and where the process that started them has ended.
+    """
+    return ProcessPoolExecutor(workers, get_context("spawn"), _begin, (threads,))
+
+
+def _begin(threads: int) -> None:
     torch.set_num_threads(threads)
-    return run(*arguments, scores=scores, quiet=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def leave() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def _progress(task: Run, line: dict[str, Any], scores: Iterable[str]) -> str:
@@ -305,8 +325,8 @@ def run_grid(
     # of all that are given: sums, and so results, depend on it
     threads = torch.get_num_threads() if alone else max(1, cores() // len(given))
     if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_worker, threads, scores, *a): a[0] for a in arguments}
+        with side_by_side(workers, threads) as pool:
+            futures = {pool.submit(run, *a, scores=scores, quiet=True): a[0] for a in arguments}
             try:
                 _report(_finished(futures, states, scores), len(tasks), started)
             except BaseException:

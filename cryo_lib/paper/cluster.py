@@ -13,20 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import shutil
-import signal
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from fnmatch import fnmatchcase
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cryo_lib import checks
 from cryo_lib.evaluate.metrics import SCORES
@@ -106,20 +99,8 @@ def work(
     make = partial(_train_until, params, time.monotonic() + 60 * minutes, device)
     if workers <= 1:
         return len(asked) - sum(map(make, asked))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (max(1, cores() // workers),)) as pool:
+    with runs.side_by_side(workers, max(1, cores() // workers)) as pool:
         return len(asked) - sum(pool.map(make, asked))
-
-
-def _begin(threads: int) -> None:
-    """A worker begins: it ends at once where it is interrupted, and where the process that started it has ended."""
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def leave() -> None:
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
 
 
 def _train_until(params: dict[str, Any], until: float, device: str, task: tuple[str, Run]) -> bool:

@@ -1,13 +1,17 @@
 """Runs and grids: exact resume, cards that say what was trained, results that do not depend on the workers."""
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,7 +88,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(method, data
     assert [line["iteration"] for line in lines] == list(range(5, 31, 5))
 
 
-def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, monkeypatch):
+def test_a_state_of_other_code_torch_settings_or_data_is_not_taken_up(data, tmp_path, monkeypatch):
     folders = set()
     task, dataset = Run("l1_ae", "awgn-0.5-none", 0), Dataset(data)
 
@@ -103,7 +107,10 @@ def test_a_state_of_other_code_settings_or_data_is_not_taken_up(data, tmp_path, 
     runs._digest.cache_clear()
     add(SMALL)
     runs._digest.cache_clear()
-    assert len(folders) == 6
+    for version in ("2.0", "2.0+cpu", "2.0+cu118"):  # a build is no other version
+        monkeypatch.setattr(torch, "__version__", version)
+        add(SMALL)
+    assert len(folders) == 7
 
 
 def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(data, tmp_path):
@@ -114,7 +121,7 @@ def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(dat
     assert not runs.finished(task, varied(SMALL, {"eta_g": 0.02}), data, out, SCORES)
     assert not runs.finished(replace(task, seed=1), SMALL, data, out, SCORES)
     card = out / task.folder / "generator.json"
-    for name, other, same in (("torch", "2.0+cu118", True), ("device", "cuda", True), ("source", "other", False)):
+    for name, other, same in (("torch", "2.0", True), ("device", "cuda", True), ("source", "other", False)):
         kept = json.loads(card.read_text())
         card.write_text(json.dumps(kept | {"code": kept["code"] | {name: other}}))
         assert runs.finished(task, SMALL, data, out, SCORES) is same
@@ -171,6 +178,42 @@ def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, 
         assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
     assert not list((tmp_path / "scratch").glob("*/"))
     assert "4 runs on the CPU" in capsys.readouterr().out and torch.get_num_threads() == threads
+
+
+def test_processes_side_by_side_end_with_the_one_that_started_them(data, tmp_path):
+    """Killed, it can tell them nothing."""
+    program = f"""
+        from pathlib import Path
+        from cryo_lib.evaluate.metrics import SCORES
+        from cryo_lib.networks import runs
+        if __name__ == '__main__':
+            tasks = [runs.Run('l1_ae', 'awgn-0.5-none', seed) for seed in (0, 1)]
+            settings = runs.Settings(width=2, epochs=10**6, batch_size=4, log_every=3)
+            folders = (Path({str(data)!r}), Path({str(tmp_path)!r}, 'out'), Path({str(tmp_path)!r}, 'scratch'))
+            runs.run_grid(tasks, settings, *folders, 'cpu', scores=SCORES, workers=2)
+    """
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(program))
+    parent = subprocess.Popen([sys.executable, path], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    within_a_minute(lambda: len(list((tmp_path / "scratch").glob("*/state.pt"))) == 2)
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.kill()
+    parent.wait()
+    within_a_minute(lambda: not any(map(runs_still, workers)))
+
+
+def within_a_minute(holds):
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def runs_still(process: str) -> bool:
+    """Whether a process is there, and no zombie."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_seeds_differ_and_repeat(data, tmp_path):
