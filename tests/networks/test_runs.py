@@ -103,13 +103,13 @@ def test_a_state_of_other_code_torch_settings_or_data_is_not_taken_up(data, tmp_
     folders |= {
         runs.state_of(tmp_path, runs.configuration_of(task, SMALL, dataset, CPU, given)) for given in (scores, {})
     }
+    for version in ("2.0", "2.0+cpu", "2.0+cu118"):  # a build is no other version
+        monkeypatch.setattr(torch, "__version__", version)
+        add(SMALL)
     monkeypatch.setattr(runs, "closure", lambda source: "other code")
     runs._digest.cache_clear()
     add(SMALL)
     runs._digest.cache_clear()
-    for version in ("2.0", "2.0+cpu", "2.0+cu118"):  # a build is no other version
-        monkeypatch.setattr(torch, "__version__", version)
-        add(SMALL)
     assert len(folders) == 7
 
 
