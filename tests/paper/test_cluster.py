@@ -182,7 +182,7 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     environment = slurm | {"PATH": path, "PYTHONPATH": str(tmp_path), "GRES": "", "OMP_NUM_THREADS": "1"}
     here = {"cwd": tmp_path, "env": environment}
 
-    said = run("cluster/submit.sh contamination", **here)
+    said = run("cluster/submit.sh table1", **here)
     array, collection = (line.rsplit(" ", 1)[1] for line in said.splitlines() if ": job " in line)
     wait_for(lambda: list(tmp_path.glob(".scratch/*/state.pt")), 900, "a training under way")
     running = run(f"squeue --noheader --states=R --jobs={array} --format=%i", **here).split()[0]
@@ -194,23 +194,23 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
 
     logs = {path.name: path.read_text() for path in (tmp_path / "cluster" / "logs").iterdir()}
     assert "restart 0" in logs[f"train-{running}.out"] and "restart 1" in logs[f"train-{running}.out"], logs
-    assert run("python -m cryo_lib.paper.cluster missing contamination", **here) == "", logs
-    folder = tmp_path / "runs/ci/contamination"
+    assert run("python -m cryo_lib.paper.cluster missing table1", **here) == "", logs
+    folder = tmp_path / "runs/ci/table1"
     made = {path.parent.relative_to(folder) for path in folder.rglob("generator.json")}
-    assert made == {each.folder for each in grid(read_scale(tmp_path / "params.yaml")["study"]["contamination"])}
+    assert made == {each.folder for each in grid(read_scale(tmp_path / "params.yaml")["study"]["table1"])}
     collected = logs[f"collect-{collection}.out"]
-    assert "Running stage" not in run("dvc repro --single-item train@ci-contamination", **here), collected
+    assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), collected
 
-    assert run("python -m cryo_lib.paper.cluster collect contamination", **here) == "train@ci-contamination"
+    assert run("python -m cryo_lib.paper.cluster collect table1", **here) == "train@ci-table1"
     stray = folder / "l1_ae/awgn-0.1-none/seed9/generator.safetensors"
     stray.parent.mkdir()
     stray.touch()
-    said = refusal("python -m cryo_lib.paper.cluster collect contamination", **here)
-    assert "got 1 others, the first runs/ci/contamination/l1_ae/awgn-0.1-none/seed9; remove them" in said
+    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
+    assert "got 1 others, the first runs/ci/table1/l1_ae/awgn-0.1-none/seed9; remove them" in said
     stray.unlink()
     next(folder.rglob("generator.safetensors")).unlink()
-    said = refusal("python -m cryo_lib.paper.cluster collect contamination", **here)
-    assert "1 of 2 trainings are not finished: " in said
+    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
+    assert "1 of 8 trainings are not finished: " in said
 
 
 ABSENT = """dvc papermill IPython ipykernel nbclient nbconvert jupyterlab mrcfile starfile skimage sklearn aspire
