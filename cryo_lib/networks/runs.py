@@ -202,7 +202,7 @@ def configuration_of(
 ) -> dict[str, Any]:
     """All that a run's result depends on, as its card holds it: the data and the code by their digests.
 
-    Torch is told by its version without the build (+cpu, +cu130), which changes nothing on one device.
+    Torch is told by its version without the build (+cpu, +cu130), which on the CPU changes nothing.
     """
     modules = sorted({__name__, *(score.__module__ for score in scores.values())})
     named = {name: score.__qualname__ for name, score in scores.items()}

@@ -252,7 +252,7 @@ def test_a_rerun_with_the_same_result_leaves_a_clean_tree(ci_run, tmp_path):
     """Where a stage of every kind is made again there is nothing to commit: neither dvc.lock nor any file."""
     folder = copied(ci_run, tmp_path / "again")
     commit(folder)
-    for kept in ("data/ci/particles", "runs/ci/table1", "runs/ci/figure4"):  # DVC leaves them to the stage, and it them
+    for kept in ("data/ci/particles", "runs/ci/table1", "runs/ci/figure4"):  # by DVC, and by the stage if finished
         shutil.rmtree(folder / kept)
     names = "structures projections posterior classes baselines train@ci-table1 export reconstruct relion".split()
     names += "particles pairs train_particles@ci-figure4 denoise@ci-figure4 assign weights".split()
