@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# Stages run several processes side by side: a thread that waits must sleep, not spin on a core that another needs.
+# As `cryo run` has them: stages run several processes side by side, whose threads must not wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
+export OPENBLAS_NUM_THREADS := 1
 
 .PHONY: setup scm repro gpu test bench topaz cryodrgn reliability book strip lab clean
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from cryo_lib import checks
 from cryo_lib.files import closure, cores, read_json, write_text
@@ -102,6 +103,7 @@ def _validation(x: np.ndarray, y: np.ndarray, scores: Scores) -> Callable[[torch
     return validate
 
 
+@threadpool_limits.wrap(1, user_api="blas")  # NumPy's threads round otherwise, and wait for those of other processes
 def run(
     task: Run,
     settings: Settings,

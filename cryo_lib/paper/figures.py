@@ -245,7 +245,7 @@ def _fsc_axes(ax: Axes, threshold: float, title: str, pixel_size: float) -> None
             ticks.append(resolution)
     ax.axhline(0, color="#cccccc", lw=0.6)
     ax.axhline(threshold, color="#444444", lw=0.8, ls=(0, (4, 2)))
-    ax.text(0.995 * nyquist, threshold + 0.015, f"{threshold:g}", ha="right", fontsize=6.5, color="#444444")
+    ax.text(0.01 * nyquist, threshold + 0.015, f"{threshold:g}", fontsize=6.5, color="#444444")
     ax.set_xticks([1 / resolution for resolution in ticks], [f"{resolution:g}" for resolution in ticks])
     lowest = min(np.min(line.get_ydata(), initial=0.0) for line in ax.lines)
     bottom = min(-0.1, lowest - 0.04, ax.get_ylim()[0])

@@ -19,6 +19,9 @@ import yaml
 from cryo_lib.files import closure, write_text
 
 PATIENCE = 300  # s, with a kernel that starts, or sends what a cell showed, on a machine that is busy
+# A thread that waits must not spin on a core that others need; several of NumPy's round otherwise and, beside another
+# busy process, take ten times as long.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class NotebookError(RuntimeError):
@@ -128,7 +131,8 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     notebook = Path(notebook)
     _read(notebook, parameters, complete)
     out = Path(out or executed(notebook, parameters))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits must not spin on a core others need
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)

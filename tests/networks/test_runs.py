@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import engine, losses, models, runs
@@ -176,6 +177,24 @@ def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, 
         assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
     assert not list((tmp_path / "scratch").glob("*/"))
     assert "4 runs on the CPU" in capsys.readouterr().out and torch.get_num_threads() == threads
+
+
+def threads_of_numpy(x, x_hat):
+    """As if it was a score."""
+    return np.array([each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_numpy_has_one_thread_where_networks_train(workers, data, tmp_path, monkeypatch):
+    """More round otherwise, and those of processes side by side wait for each other."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    tasks, scores = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)], {"threads": threads_of_numpy}
+    with threadpool_limits(2, user_api="blas"):
+        assert threads_of_numpy(None, None).max() == 2
+        runs.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", workers=workers, scores=scores)
+    for task in tasks:
+        card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
+        assert card["validation"] == {"threads": 1}
 
 
 def test_processes_side_by_side_end_with_the_one_that_started_them(data, tmp_path):

@@ -32,6 +32,20 @@ def test_a_run_injects_parameters_and_streams_output(notebook, capfd):
     assert "0.25" in str(nbformat.read(out, as_version=4).cells[-1].outputs)
 
 
+@pytest.mark.parametrize("told, threads", [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
+def test_numpy_has_one_thread_in_a_notebook_unless_told_otherwise(told, threads, notebook, capfd, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    book = nbformat.read(notebook, 4)
+    ask = "import numpy, threadpoolctl\nprint(threadpoolctl.threadpool_info()[0]['num_threads'], 'threads')"
+    book.cells.append(nbformat.v4.new_code_cell(ask))
+    nbformat.write(book, notebook)
+    notebooks.run(notebook, notebook.parent / "out.ipynb", {})
+    assert f"{threads} threads" in capfd.readouterr().out
+
+
 def test_a_script_is_the_same_code_in_this_process(notebook, capsys, monkeypatch):
     """With the parameters checked and injected alike, and without papermill."""
     monkeypatch.setitem(sys.modules, "papermill", None)
