@@ -131,8 +131,7 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     notebook = Path(notebook)
     _read(notebook, parameters, complete)
     out = Path(out or executed(notebook, parameters))
-    for name, value in THREADS.items():
-        os.environ.setdefault(name, value)
+    _set_threads()
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -155,11 +154,18 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     return out
 
 
+def _set_threads() -> None:
+    """Tell kernels, and this process where it has not loaded NumPy yet, how threads work, unless the user has."""
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
+
+
 def script(notebook: str | Path, parameters: dict[str, Any], complete: bool = False) -> dict[str, Any]:
     """Execute a notebook's code in this process, without papermill and Jupyter; the names it leaves.
 
     `complete` as in `check_parameters`, which says what is raised; so is whatever a cell raises.
     """
+    _set_threads()
     notebook, names = Path(notebook), {"__name__": "__main__"}
     cells = [cell for cell in _read(notebook, parameters, complete).cells if cell.cell_type == "code"]
     for i, cell in enumerate(cells, 1):

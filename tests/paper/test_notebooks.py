@@ -1,6 +1,7 @@
 """Notebooks run with the parameters they declare and no others; committed ones are clean."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def test_a_run_injects_parameters_and_streams_output(notebook, capfd):
 
 
 @pytest.mark.parametrize("told, threads", [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
-def test_numpy_has_one_thread_in_a_notebook_unless_told_otherwise(told, threads, notebook, capfd, monkeypatch):
+@pytest.mark.parametrize("command", ["run", "script"])
+def test_numpy_has_one_thread_in_a_notebook_unless_told_otherwise(command, told, threads, notebook, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
@@ -42,8 +44,9 @@ def test_numpy_has_one_thread_in_a_notebook_unless_told_otherwise(told, threads,
     ask = "import numpy, threadpoolctl\nprint(threadpoolctl.threadpool_info()[0]['num_threads'], 'threads')"
     book.cells.append(nbformat.v4.new_code_cell(ask))
     nbformat.write(book, notebook)
-    notebooks.run(notebook, notebook.parent / "out.ipynb", {})
-    assert f"{threads} threads" in capfd.readouterr().out
+    words = [sys.executable, "-m", "cryo_lib.paper.notebooks", command, str(notebook)]
+    done = subprocess.run(words, cwd=notebook.parent, capture_output=True, text=True)
+    assert f"{threads} threads" in done.stdout, done.stderr
 
 
 def test_a_script_is_the_same_code_in_this_process(notebook, capsys, monkeypatch):
