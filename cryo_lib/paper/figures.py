@@ -84,8 +84,8 @@ def image_grid(
     """
     columns = columns or (len(images) if len(images) <= 5 else -(-len(images) // 2))
     rows = -(-len(images) // columns)
-    side = WIDTH / columns
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.3)), squeeze=False)
+    side, lines = WIDTH / columns, 1 + max(title.count("\n") for title in titles)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, rows * (side + 0.15 + 0.15 * lines)), squeeze=False)
     for ax in axes.flat[len(images) :]:
         ax.set_axis_off()
     for ax, image, title, limit in zip(axes.flat, images, titles, limits):
