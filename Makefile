@@ -10,9 +10,11 @@ export OPENBLAS_NUM_THREADS := 1
 
 setup: $(VENV)/.ready
 
+# Packages several at a time, as pip unpacks on one core, the largest (torch) early; then what the lock does not name.
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
+	grep == requirements.lock | sort -r | xargs -P 3 -n 29 $(VENV)/bin/pip install --quiet --no-deps
 	$(VENV)/bin/pip install --quiet -r requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

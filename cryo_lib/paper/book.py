@@ -21,7 +21,8 @@ from PIL import Image
 from cryo_lib.files import enter_root, write_text
 
 LIMIT = 200_000  # bytes of a published notebook
-COLOURS = (256, 128, 64, 32, 16)  # of a picture that does not fit in all of its colours
+# Colours, and share of its width and height, of a picture that does not fit as it is, from most to least.
+POORER = (*((colours, 1.0) for colours in (256, 128, 64, 32, 16)), (16, 0.75), (16, 0.5), (16, 0.25))
 PNG, WIDGET = "image/png", "application/vnd.jupyter.widget-view+json"
 KINDS = {PNG, "text/html", "text/latex", "text/markdown", "text/plain"}
 
@@ -35,8 +36,8 @@ def publish(executed: str | Path, out: str | Path) -> Path:
 
     What a cell displays is kept, what it prints is not: a line of progress tells of the machine, not of the paper, so
     a notebook displays what a reader must see. Times, counters, ids, addresses, versions and widgets (progress bars,
-    sliders) go. Injected parameters go into the cell tagged `parameters`. Pictures lose colours, the largest first,
-    until the file has at most LIMIT bytes.
+    sliders) go. Injected parameters go into the cell tagged `parameters`. Pictures lose colours, and then size, the
+    largest first, until the file has at most LIMIT bytes.
 
     Raises
     ------
@@ -71,17 +72,17 @@ def publish(executed: str | Path, out: str | Path) -> Path:
                 output.data[kind] = re.sub(r" at 0x[0-9a-f]+", "", output.data[kind])
             if PNG in output.data:
                 image = _image(output.data[PNG])
-                pictures.append((where, output.data, image, list(COLOURS)))
+                pictures.append((where, output.data, image, list(POORER)))
                 output.data[PNG] = _encoded(image)
     while (excess := len(nbformat.writes(notebook).encode()) + 1 - LIMIT) > 0:
-        *_, data, image, colours = max((p for p in pictures if p[3]), key=lambda p: len(p[1][PNG]), default=[None] * 3)
-        if not colours:
+        *_, data, image, poorer = max((p for p in pictures if p[3]), key=lambda p: len(p[1][PNG]), default=[None] * 3)
+        if not poorer:
             sizes = "; ".join(f"{where}: {len(data[PNG])}" for where, data, *_ in pictures) or "no picture"
             raise BookError(
-                f"{executed}: expected at most {LIMIT} bytes, got {excess} more with {COLOURS[-1]} colours a picture "
+                f"{executed}: expected at most {LIMIT} bytes, got {excess} more with the pictures as poor as they get "
                 f"({sizes}); draw fewer or smaller pictures, or show less of a table"
             )
-        data[PNG] = _encoded(image, colours.pop(0))
+        data[PNG] = _encoded(image, *poorer.pop(0))
     nbformat.validate(notebook)
     return write_text(out, nbformat.writes(notebook) + "\n")
 
@@ -108,8 +109,10 @@ def _image(png: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _encoded(image: Image.Image, colours: int | None = None) -> str:
+def _encoded(image: Image.Image, colours: int | None = None, share: float = 1.0) -> str:
     """A picture as PNG in base64, pixels and nothing else: in all of its colours, as a palette where they are few."""
+    if share < 1:
+        image = image.resize([max(1, round(share * n)) for n in image.size], Image.Resampling.LANCZOS)
     if colours:
         image = image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
     if image.getcolors(256):

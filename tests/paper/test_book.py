@@ -83,7 +83,7 @@ def test_what_a_reader_sees_is_kept_and_what_the_machine_did_is_not(executions, 
 
 
 def test_only_pictures_that_do_not_fit_lose_colours(tmp_path):
-    """The largest does; the file then fits. A picture that no number of colours makes small enough is named."""
+    """The largest does; the file then fits."""
     random = np.random.default_rng(0)
     large, small = (random.integers(0, 256, (size, size, 3)) for size in (260, 100))
     nbformat.write(notebook(shown(png(small)), shown(png(large))), tmp_path / "a.ipynb")
@@ -91,8 +91,26 @@ def test_only_pictures_that_do_not_fit_lose_colours(tmp_path):
     first, second = (pixels(cell.outputs[0].data) for cell in nbformat.read(out, 4).cells[1:])
     assert book.LIMIT / 2 < out.stat().st_size <= book.LIMIT
     assert np.array_equal(first, small) and 64 <= len(np.unique(second.reshape(-1, 3), axis=0)) <= 256
-    nbformat.write(notebook(shown(png(random.integers(0, 256, (700, 700, 3))))), tmp_path / "a.ipynb")
-    with pytest.raises(BookError, match=r"a.ipynb: expected at most 200000 bytes, got \d+ more .*code cell 1: \d+"):
+
+
+def test_pictures_that_do_not_fit_in_few_colours_become_smaller(tmp_path, monkeypatch):
+    """What a network that has not learnt draws is noise, which no palette makes small: its notebook is published."""
+    monkeypatch.setattr(book, "LIMIT", 20_000)
+    random = np.random.default_rng(0)
+    large, small = random.integers(0, 256, (300, 200, 3)), random.integers(0, 256, (20, 30, 3))
+    nbformat.write(notebook(shown(png(small)), shown(png(large))), tmp_path / "a.ipynb")
+    out = book.publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    first, second = (pixels(cell.outputs[0].data) for cell in nbformat.read(out, 4).cells[1:])
+    assert out.stat().st_size <= book.LIMIT and np.array_equal(first, small)
+    assert second.shape[:2] in [(225, 150), (150, 100), (75, 50)]
+    assert book.publish(out, tmp_path / "c.ipynb").read_bytes() == out.read_bytes()
+
+
+def test_pictures_that_do_not_fit_at_all_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "LIMIT", 20_000)
+    picture = png(np.random.default_rng(0).integers(0, 256, (800, 800, 3)))
+    nbformat.write(notebook(shown(picture)), tmp_path / "a.ipynb")
+    with pytest.raises(BookError, match=r"a.ipynb: expected at most 20000 bytes, got \d+ more .*code cell 1: \d+"):
         book.publish(tmp_path / "a.ipynb", tmp_path / "c.ipynb")
     assert not (tmp_path / "c.ipynb").exists()
 
