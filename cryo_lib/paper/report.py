@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def results(scale: str) -> str:
     parts = [
         f"# Results at the scale `{scale}`",
         "Written by `make repro`, from `results/` and `figures/`; for scales see [docs/scales.md](docs/scales.md). "
-        "Each part links its executed notebook and begins with what the paper says; the last table weighs its claims.",
+        "Each part links its notebook, executed where there is a copy, and begins with what the paper says; *The "
+        "claims, weighed* tells which of it holds. A part marked *no stage* was made by the command that it names.",
     ]
     parts += [_section(stage, before) for stage, before in placed(found).items()]
     for notebook, made in COMMANDS.items():
@@ -95,10 +97,12 @@ def results(scale: str) -> str:
 
 
 def _heading(stage: Stage) -> tuple[str, str, str]:
-    """A notebook's title, a link to its executed copy or else its source, and its paragraph on the paper."""
+    """A notebook's title, a link to its executed copy or else its source, and what it says of the paper."""
     source = Path("notebooks", f"{stage.notebook}.ipynb")
     title, *paragraphs = nbformat.read(source, as_version=4).cells[0].source.split("\n\n")
-    claim = next((" ".join(text.split()) for text in paragraphs if text.startswith("**The paper")), "")
+    on_paper = dropwhile(lambda text: not text.startswith("**The paper"), paragraphs)
+    claim = [*islice(on_paper, 1), *takewhile(lambda text: not text.startswith(("**", ">")), on_paper)]
+    claim = "\n\n".join(" ".join(text.split()) for text in claim)
     executed = [path for path in stage.made("paper", ".ipynb") if Path(path).is_file()]
     return title.partition(" · ")[2], f"[Notebook {stage.notebook[:2]}]({(executed or [source.as_posix()])[0]})", claim
 

@@ -108,6 +108,7 @@ def test_an_evaluation_depends_on_every_study_it_evaluates():
     wanted = {"evaluate": papers, "evaluate_supplement": params["supplement_studies"]}
     for name, studies in (wanted | {"evaluate_particles": params["particle_studies"]}).items():
         assert {f"runs/${{item.scale}}/{study}" for study in studies} <= set(STAGES[name]["deps"])
+        assert "study" in STAGES[name]["params"] or {f"study.{study}" for study in studies} <= {*STAGES[name]["params"]}
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -67,6 +67,16 @@ def test_what_is_committed_is_what_would_be_written(monkeypatch):
     assert f"<!-- table1 -->\n{report.short_table(report.shown(SCALE))}<!-- /table1 -->" in README
 
 
+def test_what_a_notebook_says_of_the_paper_is_shown_to_its_end():
+    """All paragraphs, those after a formula too, down to what the notebook costs."""
+    page = (ROOT / report.page(SCALE)).read_text(encoding="utf-8")
+    for path in sorted(ROOT.glob("notebooks/[23]*.ipynb")):
+        text = nbformat.read(path, as_version=4).cells[0].source
+        paragraphs = re.search(r"\*\*The paper.*(?=\n\n\*\*Costs)", text, re.DOTALL)[0].split("\n\n")
+        assert "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs) in page, path
+    assert "**Costs" not in page
+
+
 def test_the_readmes_numbers_are_the_results(monkeypatch):
     monkeypatch.chdir(ROOT)
     values = pd.read_csv(ROOT / "results" / report.shown(SCALE) / "table1.csv").set_index(["experiment", "method"])
