@@ -92,12 +92,17 @@ def denoise_stack(
         x_hat = np.empty_like(y)
         for half, each in model.items():
             chosen = half_sets[start : start + batch_size] == half
-            if chosen.any() and isinstance(each, torch.nn.Module):
-                x_hat[chosen] = models.denoise_images(each, y[chosen], batch_size, precision=precision)
-            elif chosen.any() and isinstance(each, OfStack):
-                x_hat[chosen] = each(y[chosen], start + np.flatnonzero(chosen))
-            elif chosen.any():
-                x_hat[chosen] = each(y[chosen])
+            if not chosen.any():
+                continue
+            of_half = y[chosen]
+            if isinstance(each, torch.nn.Module):
+                found = models.denoise_images(each, of_half, batch_size, precision=precision)
+            elif isinstance(each, OfStack):
+                found = each(of_half, start + np.flatnonzero(chosen))
+            else:
+                found = np.asarray(each(of_half))
+            checks.same_shape("images", of_half, "what the model returned of them", found)
+            x_hat[chosen] = found
         return x_hat
 
     def denoised() -> Iterator[np.ndarray]:
@@ -125,10 +130,13 @@ def denoise_stack(
             start += len(x_hat)
             yield x_hat
 
+    written = None
     if parallel.rank():
         for _ in denoised():
             pass
-    return parallel.from_first(lambda: write(out, watched(), stack, columns=columns, project=project))
+    else:  # what fails here ends this process, and torchrun the others, which wait for its images
+        written = write(out, watched(), stack, columns=columns, project=project)
+    return parallel.from_first(lambda: written)
 
 
 class Network(OfStack):

@@ -203,10 +203,13 @@ def executed(notebook: Path, parameters: dict[str, Any]) -> Path:
 
 
 def publish(copy: Path) -> Path:
-    """Write an executed copy as it is committed, `executed/...` to `paper/...`; see `book.publish`."""
+    """Write an executed copy as it is committed, `executed/...` to `paper/...`; NotebookError as `book.publish`."""
     from cryo_lib.paper import book  # its libraries are not where trainings alone run
 
-    return book.publish(copy, Path("paper", *copy.parts[1:]))
+    try:
+        return book.publish(copy, Path("paper", *copy.parts[1:]))
+    except book.BookError as error:
+        raise NotebookError(str(error)) from error
 
 
 def listing(folder: str | Path = "notebooks") -> str:

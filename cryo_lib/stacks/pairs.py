@@ -183,10 +183,12 @@ def choose(half_sets: np.ndarray | None, n: int, counts: Mapping[str, int], seed
             place[half_sets[rows] == half] = 2 * np.arange(np.count_nonzero(half_sets == half)) + half
         rows = rows[np.argsort(place, kind="stable")]
         first = next(iter(counts.values()))
-        fewest = min(np.count_nonzero(half_sets == half) for half in (1, 2))
-        if fewest < first // 2:
+        wanted, found = ((first + 1) // 2, first // 2), [np.count_nonzero(half_sets == half) for half in (1, 2)]
+        if any(there < least for there, least in zip(found, wanted)):
+            expected = " and ".join(map(str, wanted))
             raise ValueError(
-                f"half_sets: expected {first // 2} rows or more of each, got {fewest}; ask for fewer pairs"
+                f"half_sets: expected {expected} rows or more of half-sets 1 and 2, got {found[0]} and {found[1]}; "
+                "ask for fewer pairs"
             )
     if n < sum(counts.values()):
         wanted = " + ".join(f"{count} ({name})" for name, count in counts.items())

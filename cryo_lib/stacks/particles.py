@@ -188,22 +188,36 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, Star]:
         raise ValueError(
             f"{path}: expected single particles, got {what}; tomography is not read: use RELION's own tools"
         )
+    _as_taken(path, table)
     if "optics" not in star.blocks:
         return table, None, star
     if not star.blocks["optics"].loop:
         raise ValueError(f"{path}: expected data_optics as a table, got no loop_ in it; write it as RELION does")
     optics = star.table("optics")
     require(path, optics, ["rlnOpticsGroup"])
+    _as_taken(path, optics)
     if "rlnOpticsGroup" not in table and len(optics) == 1:
         table["rlnOpticsGroup"] = optics["rlnOpticsGroup"].iloc[0]
     return table, optics, star
+
+
+def _as_taken(path: Path, table: pd.DataFrame) -> None:
+    """Raise ValueError where RELION says that the CTF is in the images once more, or that their phases are flipped."""
+    labels = [label for label in ("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied") if label in table]
+    for label in labels:
+        if numbers(path, table[[label]])[label].any():
+            raise ValueError(
+                f"{path}: expected images with the CTF that they were taken with, got {label} 1, to which it would be "
+                "applied again; extract them from the micrographs without it"
+            )
 
 
 def _tomography(star: Star, table: pd.DataFrame) -> str:
     """What a star file of tomography holds, by its labels; "" for single particles.
 
     RELION 5 says that its images are stacks of tilts; RELION 4 and 5 have labels of their own; Warp and M write the
-    tilts of a particle as rows of one group, whose B-factor is the dose and whose scale the tilt.
+    tilts of a particle as rows of one group, whose B-factor is the dose and whose scale the tilt: both vary within a
+    group, and the doses of one group are those of others. B-factors that RELION fitted to particles recur nowhere.
     """
     flag = "rlnTomoSubTomosAre2DStacks"
     if any(
@@ -213,7 +227,8 @@ def _tomography(star: Star, table: pd.DataFrame) -> str:
     if labels := [label for label in table if label.startswith("rlnTomo")]:
         return f"subtomograms ({labels[0]})"
     series = ["rlnGroupName", "rlnCtfBfactor", "rlnCtfScalefactor"]
-    if set(series) <= set(table) and (table[series].groupby("rlnGroupName").nunique() > 1).all(axis=1).any():
+    varied = set(series) <= set(table) and (table[series].groupby("rlnGroupName").nunique() > 1).all(axis=1).any()
+    if varied and 2 * table["rlnCtfBfactor"].nunique() <= len(table):
         return "2D tilt series, as Warp and M write (rlnCtfScalefactor varies within rlnGroupName)"
     return ""
 

@@ -42,6 +42,15 @@ def test_the_stack_is_the_networks_output_whatever_the_batch(stack, batch_size, 
     np.testing.assert_allclose(particles.ParticleStack.open(written).images[:], expected, atol=1e-6)
 
 
+def test_what_a_model_returns_has_the_images_shape(stack, tmp_path):
+    """One image is not taken for the denoised images of a whole batch."""
+    with pytest.raises(
+        ValueError, match=r"what the model returned of them: expected the same shape, got \(7, 32, 32\)"
+    ):
+        apply.denoise_stack(lambda y: y.mean(0), stack[0], tmp_path / "mean.star")
+    assert not (tmp_path / "mean.star").exists()
+
+
 def test_rows_and_columns_are_kept_and_only_the_reference_changes(stack, tmp_path):
     before = particles.ParticleStack.open(stack[0]).table
     after = particles.ParticleStack.open(apply.denoise_stack(network(), stack[0], tmp_path / "d.star")).table

@@ -243,6 +243,16 @@ print("wrote", apply.denoise_stack(network, sys.argv[1], sys.argv[2], batch_size
 """
 
 
+def test_two_processes_end_where_the_stack_cannot_be_written(script, tmp_path):
+    """The first says why; the other, which waits to hand over its images, does not wait for ever."""
+    stack = particles.new(tmp_path / "noisy.star", np.ones((7, 32, 32)), projection.random_rotations(7, 0), 6.4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    words = [*command, script(DENOISE), stack, stack]
+    done = subprocess.run(map(str, words), env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode != 0 and "noisy" in done.stderr and "ValueError" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("n", [2, 13])
 def test_two_processes_denoise_a_stack_as_one(n, script, tmp_path):
     """Batches in turn, the last ones short or empty; one stack is written, in the order of the rows."""

@@ -38,6 +38,7 @@ def test_several_seeds_are_tested_over_seeds_however_many_images_there_are():
     differences = [a[i].mean() - b[i].mean() for i in range(3)]
     found = claims.compare(a, b)
     assert found.p_for == pytest.approx(stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
+    assert found.p_against == pytest.approx(stats.ttest_1samp(differences, 0, alternative="less").pvalue)
     assert claims.decide([found]) is True and claims.decide([claims.compare(b, a)]) is False
 
 

@@ -92,6 +92,15 @@ def test_rows_of_one_particle_by_warp_and_m_are_a_tilt_series_and_rows_of_one_mi
         assert means(path) == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_b_factors_and_scales_fitted_to_particles_are_no_tilt_series(tmp_path):
+    """RELION's CtfRefine fits both to each particle, whose group is its micrograph."""
+    stack(tmp_path / "s.mrcs", 4)
+    labels = "rlnImageName rlnGroupName rlnCtfScalefactor rlnCtfBfactor"
+    fitted = [(1.02, -3.1), (0.97, 4.6), (1.01, 0.2), (0.99, -7.9)]
+    rows = [f"{i + 1}@s.mrcs mic{i // 2} {scale} {b}" for i, (scale, b) in enumerate(fitted)]
+    assert means(star(tmp_path / "x.star", *rows, labels=labels)) == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_dots_in_a_reference_lead_where_the_links_before_them_lead(tmp_path):
     """project/job is a link to disk/deep/job: from there .. is disk/deep, and not the project."""
     images = stack(tmp_path / "disk" / "deep" / "s.mrcs", 2)

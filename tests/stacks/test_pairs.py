@@ -138,8 +138,12 @@ def test_training_rows_alternate_between_half_sets_and_no_row_is_in_two_splits()
 def test_too_few_rows_are_counted():
     with pytest.raises(ValueError, match=r"particles: expected 90 \(train\) \+ 20 \(test\) or more, got 100; ask for"):
         choose(None, 100, {"train": 90, "test": 20}, 0)
-    with pytest.raises(ValueError, match="half_sets: expected 40 rows or more of each, got 10; ask for fewer pairs"):
+    few = "half_sets: expected {} rows or more of half-sets 1 and 2, got {}; ask for fewer pairs"
+    with pytest.raises(ValueError, match=few.format("40 and 40", "90 and 10")):
         choose(np.repeat([1, 2], [90, 10]), 100, {"train": 80, "test": 10}, 0)
+    with pytest.raises(ValueError, match=few.format("2 and 1", "1 and 5")):  # of 3 pairs the first half has two
+        choose(np.array([1, 2, 2, 2, 2, 2]), 6, {"train": 3, "val": 1}, 0)
+    assert (choose(np.array([1, 1, 2]), 3, {"train": 3}, 0)["train"][[0, 2]] < 2).all()
 
 
 def test_inverted_particles_are_found_out_and_inverted_on_request(volume, tmp_path):

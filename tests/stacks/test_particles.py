@@ -351,6 +351,19 @@ def test_mixed_optics_are_refused_and_unused_or_equal_ones_are_not(tmp_path):
     refused(boxes, "data_optics", "expected rlnImageSize 8, as the stacks", "got {10}", "correct")
 
 
+@pytest.mark.parametrize("label", ["rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"])
+def test_images_to_which_the_ctf_was_applied_already_are_refused(tmp_path, label):
+    """RELION says so in data_optics; where it says 0 images are as they were taken."""
+    columns = f"rlnImageName rlnOpticsGroup {label}"
+    refused(make_particles(tmp_path, 2, "1@s.mrcs 1 0\n2@s.mrcs 1 1\n", columns), f"got {label} 1", "extract them")
+    path = make_particles(tmp_path, 2, "1@s.mrcs 1\n2@s.mrcs 1\n")
+    as_taken = path.read_text().replace("_rlnImageSize #6", f"_rlnImageSize #6\n_{label} #7")
+    path.write_text(as_taken.replace("0.1 8\n", "0.1 8 0\n"))
+    assert len(ParticleStack.open(path)) == 2
+    path.write_text(as_taken.replace("0.1 8\n", "0.1 8 1\n"))
+    refused(path, f"got {label} 1", "extract them")
+
+
 def test_optics_group_that_is_not_there(tmp_path):
     refused(make_particles(tmp_path, 2, "1@s.mrcs 1\n2@s.mrcs 7\n"), "particle row 2", "optics group of [1], got 7")
     listed = make_star(tmp_path / "y.star", "1@s.mrcs 1\n")
