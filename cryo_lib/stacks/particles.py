@@ -188,27 +188,26 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, Star]:
         raise ValueError(
             f"{path}: expected single particles, got {what}; tomography is not read: use RELION's own tools"
         )
-    _as_taken(path, table)
+    _as_taken(path, table, table)
     if "optics" not in star.blocks:
         return table, None, star
     if not star.blocks["optics"].loop:
         raise ValueError(f"{path}: expected data_optics as a table, got no loop_ in it; write it as RELION does")
     optics = star.table("optics")
     require(path, optics, ["rlnOpticsGroup"])
-    _as_taken(path, optics)
+    _as_taken(path, table, optics)
     if "rlnOpticsGroup" not in table and len(optics) == 1:
         table["rlnOpticsGroup"] = optics["rlnOpticsGroup"].iloc[0]
     return table, optics, star
 
 
-def _as_taken(path: Path, table: pd.DataFrame) -> None:
-    """Raise ValueError where RELION says that the CTF is in the images once more, or that their phases are flipped."""
-    labels = [label for label in ("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied") if label in table]
-    for label in labels:
-        if numbers(path, table[[label]])[label].any():
+def _as_taken(path: Path, table: pd.DataFrame, marked: pd.DataFrame) -> None:
+    """Raise ValueError where particles have a CTF and RELION marks them as multiplied by it, or by its sign, already."""
+    for label in ("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"):
+        if set(DEFOCUS) <= set(table) and label in marked and numbers(path, marked[[label]])[label].any():
             raise ValueError(
                 f"{path}: expected images with the CTF that they were taken with, got {label} 1, to which it would be "
-                "applied again; extract them from the micrographs without it"
+                f"applied again; extract them without, or leave out {DEFOCUS[0]}: then no CTF is applied"
             )
 
 

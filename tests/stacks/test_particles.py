@@ -353,15 +353,18 @@ def test_mixed_optics_are_refused_and_unused_or_equal_ones_are_not(tmp_path):
 
 @pytest.mark.parametrize("label", ["rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"])
 def test_images_to_which_the_ctf_was_applied_already_are_refused(tmp_path, label):
-    """RELION says so in data_optics; where it says 0 images are as they were taken."""
-    columns = f"rlnImageName rlnOpticsGroup {label}"
-    refused(make_particles(tmp_path, 2, "1@s.mrcs 1 0\n2@s.mrcs 1 1\n", columns), f"got {label} 1", "extract them")
-    path = make_particles(tmp_path, 2, "1@s.mrcs 1\n2@s.mrcs 1\n")
-    as_taken = path.read_text().replace("_rlnImageSize #6", f"_rlnImageSize #6\n_{label} #7")
-    path.write_text(as_taken.replace("0.1 8\n", "0.1 8 0\n"))
-    assert len(ParticleStack.open(path)) == 2
-    path.write_text(as_taken.replace("0.1 8\n", "0.1 8 1\n"))
-    refused(path, f"got {label} 1", "extract them")
+    """RELION says so in data_optics. Where it says 0, or nothing is known of the CTF, images are taken as they are."""
+    defocus, rows = "rlnDefocusU rlnDefocusV rlnDefocusAngle", "1@s.mrcs 1 1e4 1e4 0 {}\n2@s.mrcs 1 1e4 1e4 0 {}\n"
+    each = make_particles(tmp_path, 2, rows.format(0, 1), f"rlnImageName rlnOpticsGroup {defocus} {label}")
+    refused(each, f"got {label} 1", "extract them", "leave out rlnDefocusU")
+    for columns, flag, taken in ((defocus, 0, True), (defocus, 1, False), ("rlnX rlnY rlnZ", 1, True)):
+        path = make_particles(tmp_path, 2, rows.format("", ""), f"rlnImageName rlnOpticsGroup {columns}")
+        text = path.read_text().replace("_rlnImageSize #6", f"_rlnImageSize #6\n_{label} #7")
+        path.write_text(text.replace("0.1 8\n", f"0.1 8 {flag}\n"))
+        if taken:
+            assert len(ParticleStack.open(path)) == 2
+        else:
+            refused(path, f"got {label} 1", "extract them", "leave out rlnDefocusU")
 
 
 def test_optics_group_that_is_not_there(tmp_path):
