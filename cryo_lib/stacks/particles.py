@@ -202,7 +202,7 @@ def _read_star(path: Path) -> tuple[pd.DataFrame, pd.DataFrame | None, Star]:
 
 
 def _as_taken(path: Path, table: pd.DataFrame, marked: pd.DataFrame) -> None:
-    """Raise ValueError where particles have a CTF and RELION marks them as multiplied by it, or by its sign, already."""
+    """Raise ValueError where particles have a CTF that RELION says images were multiplied by, or its sign, before."""
     for label in ("rlnCtfDataArePhaseFlipped", "rlnCtfDataAreCtfPremultiplied"):
         if set(DEFOCUS) <= set(table) and label in marked and numbers(path, marked[[label]])[label].any():
             raise ValueError(
