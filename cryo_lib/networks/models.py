@@ -415,7 +415,7 @@ def pick_device(device: str = "auto") -> torch.device:
 def denoise_images(
     model: torch.nn.Module, y: Any, batch_size: int = 100, batch_statistics: bool = False, precision: str = "float32"
 ) -> np.ndarray:
-    """`G(y)` of images `(n, h, w)` in batches, as float32 numpy; the model is left as it was.
+    """`G(y)` of images `(n, h, w)`, of the dtype of the weights as `y` is, in batches; the model is left as it was.
 
     In eval mode, with batch norm's stored statistics; or with `batch_statistics` those of each batch, as the authors'
     scripts do, so that an image's result depends on its batch. `precision` as in `PRECISIONS`: "bf16" is up to several

@@ -45,7 +45,7 @@ def add(x: Any, kind: str, snr: float, seed: Any, pixel_size: float, binned_from
     Parameters
     ----------
     x : clean images `(n, h, h)`, protein bright. kind : a key of `KINDS`.
-    snr, binned_from : as of `noise.noise_sigma`. seed : as numpy's `default_rng` takes it.
+    snr, binned_from : as of `noise.noise_sigma`. seed : an integer >= 0, or several.
     pixel_size : A.
 
     Raises

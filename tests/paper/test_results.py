@@ -48,7 +48,9 @@ def test_the_noisy_images_have_the_noise_that_their_snr_says(per_image):
 
 def test_nothing_passes_the_bayes_bound_and_it_grows(per_image):
     """No estimator has a lesser mean squared error than the posterior mean, to which more templates bring it nearer."""
-    for name, grown in pd.read_csv(RESULTS / "posterior.csv").query("method == 'bayes_bound'").groupby("experiment"):
+    bounds = pd.read_csv(RESULTS / "posterior.csv").query("method == 'bayes_bound'").groupby("experiment")
+    assert len(bounds) > 0
+    for name, grown in bounds:
         assert (np.diff(grown["mse"]) < 0).all()
         errors = per_image["mse"].filter(like=f"/{name}").mean()
         assert errors.idxmin() == f"bayes_bound/{name}" and len(errors) > 10
