@@ -99,7 +99,7 @@ def standardise(images: Any, pixel_size: float, n: int, to: float, contrast: str
 
     Parameters
     ----------
-    images, pixel_size, n, to : see `resample`; where the new box is larger, one grey level, near 0, surrounds the image.
+    images, pixel_size, n, to : see `resample`; where the new box is larger, a grey level near 0 surrounds the image.
     contrast : "bright", or "dark" for particles darker than their background: they are inverted.
 
     Returns
