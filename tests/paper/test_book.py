@@ -103,6 +103,14 @@ def test_pictures_that_do_not_fit_in_few_colours_become_smaller(tmp_path, monkey
     first, second = (pixels(cell.outputs[0].data) for cell in nbformat.read(out, 4).cells[1:])
     assert out.stat().st_size <= book.LIMIT and np.array_equal(first, small)
     assert second.shape[:2] in [(225, 150), (150, 100), (75, 50)]
+
+
+def test_no_picture_becomes_smaller_while_another_has_colours_to_lose(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "LIMIT", 20_000)
+    random, shapes = np.random.default_rng(0), [(110, 156, 3), (80, 100, 3)]  # they fit in 16 colours, of both
+    nbformat.write(notebook(*(shown(png(random.integers(0, 256, shape))) for shape in shapes)), tmp_path / "a.ipynb")
+    out = book.publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
+    assert [pixels(cell.outputs[0].data).shape for cell in nbformat.read(out, 4).cells[1:]] == shapes
     assert book.publish(out, tmp_path / "c.ipynb").read_bytes() == out.read_bytes()
 
 
