@@ -101,7 +101,7 @@ def test_pictures_that_do_not_fit_in_few_colours_become_smaller(tmp_path, monkey
     nbformat.write(notebook(shown(png(small)), shown(png(large))), tmp_path / "a.ipynb")
     out = book.publish(tmp_path / "a.ipynb", tmp_path / "b.ipynb")
     first, second = (pixels(cell.outputs[0].data) for cell in nbformat.read(out, 4).cells[1:])
-    assert out.stat().st_size <= book.LIMIT and np.array_equal(first, small)
+    assert out.stat().st_size <= book.LIMIT and first.shape == small.shape
     assert second.shape[:2] in [(225, 150), (150, 100), (75, 50)]
 
 
