@@ -75,9 +75,9 @@ def publish(executed: str | Path, out: str | Path) -> Path:
                 pictures.append((where, output.data, image, list(POORER)))
                 output.data[PNG] = _encoded(image)
 
-    def richest(picture: tuple[str, dict[str, str], Image.Image, list[tuple[int, float]]]) -> tuple[float, int]:
-        """The share of its size that a picture has at its next step, and its bytes: no size goes before all colours."""
-        return picture[3][0][1], len(picture[1][PNG])
+    def richest(picture: tuple[str, dict[str, str], Image.Image, list[tuple[int, float]]]) -> tuple[bool, int]:
+        """Whether a picture has colours to lose, which go before any size does, and its bytes."""
+        return picture[3][0][1] == 1, len(picture[1][PNG])
 
     while (excess := len(nbformat.writes(notebook).encode()) + 1 - LIMIT) > 0:
         *_, data, image, poorer = max((p for p in pictures if p[3]), key=richest, default=[None] * 3)
