@@ -120,10 +120,8 @@ def of_stars(folder: Path) -> Iterator[Input]:
     yield Input("a star file", "gzip", lambda: facts(folder / "gz.star"))
     (folder / "wide.star").write_bytes(text.encode("utf-16"))
     yield Input("a star file", "UTF-16", lambda: facts(folder / "wide.star"))
-    tilts = [
-        {"rlnImageName": f"{i}@s.mrcs", "rlnCtfBfactor": f"{4 * i}", "rlnCtfScalefactor": f"0.{9 - i}"} for i in (1, 2)
-    ]
-    rows = [tilt | {"rlnGroupName": particle} for particle in ("p1", "p2") for tilt in tilts]
+    rows = [{"rlnImageName": f"{i}@s.mrcs", "rlnGroupName": "p1", "rlnCtfBfactor": f"{4 * i}"} for i in (1, 2, 3)]
+    rows = [row | {"rlnCtfScalefactor": f"0.{9 - i}"} for i, row in enumerate(rows)]
     series = write_text(folder / "warp.star", table("", rows))
     yield Input("a star file", "a tilt series of Warp or M", lambda: facts(series))
     read = {

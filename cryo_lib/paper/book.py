@@ -74,13 +74,9 @@ def publish(executed: str | Path, out: str | Path) -> Path:
                 image = _image(output.data[PNG])
                 pictures.append((where, output.data, image, list(POORER)))
                 output.data[PNG] = _encoded(image)
-
-    def richest(picture: tuple[str, dict[str, str], Image.Image, list[tuple[int, float]]]) -> tuple[bool, int]:
-        """Whether a picture has colours to lose, which go before any size does, and its bytes."""
-        return picture[3][0][1] == 1, len(picture[1][PNG])
-
     while (excess := len(nbformat.writes(notebook).encode()) + 1 - LIMIT) > 0:
-        *_, data, image, poorer = max((p for p in pictures if p[3]), key=richest, default=[None] * 3)
+        left = (p for p in pictures if p[3])  # colours of all go before the size of any, and the largest is the next
+        *_, data, image, poorer = max(left, key=lambda p: (p[3][0][1] == 1, len(p[1][PNG])), default=[None] * 3)
         if not poorer:
             sizes = "; ".join(f"{where}: {len(data[PNG])}" for where, data, *_ in pictures) or "no picture"
             raise BookError(

@@ -216,7 +216,8 @@ def _tomography(star: Star, table: pd.DataFrame) -> str:
 
     RELION 5 says that its images are stacks of tilts; RELION 4 and 5 have labels of their own; Warp and M write the
     tilts of a particle as rows of one group, whose B-factor is the dose and whose scale the tilt: both vary within a
-    group, and the doses of one group are those of others. B-factors that RELION fitted to particles recur nowhere.
+    group, and the doses of one group are those of others. B-factors that RELION fitted to particles recur nowhere; of
+    one group alone there is no telling, and it is taken for tilts.
     """
     flag = "rlnTomoSubTomosAre2DStacks"
     if any(
@@ -226,9 +227,11 @@ def _tomography(star: Star, table: pd.DataFrame) -> str:
     if labels := [label for label in table if label.startswith("rlnTomo")]:
         return f"subtomograms ({labels[0]})"
     series = ["rlnGroupName", "rlnCtfBfactor", "rlnCtfScalefactor"]
-    varied = set(series) <= set(table) and (table[series].groupby("rlnGroupName").nunique() > 1).all(axis=1).any()
-    if varied and 2 * table["rlnCtfBfactor"].nunique() <= len(table):
-        return "2D tilt series, as Warp and M write (rlnCtfScalefactor varies within rlnGroupName)"
+    if set(series) <= set(table):
+        kinds = table[series].groupby("rlnGroupName").nunique()
+        recur = len(kinds) == 1 or 2 * table["rlnCtfBfactor"].nunique() <= len(table)
+        if recur and (kinds > 1).all(axis=1).any():
+            return "2D tilt series, as Warp and M write (rlnCtfScalefactor varies within rlnGroupName)"
     return ""
 
 

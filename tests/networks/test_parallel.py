@@ -36,12 +36,16 @@ from cryo_lib.networks.runs import Run
 """
 
 
-def torchrun(logs, *words, cwd=ROOT):
-    """Run Python (a file, or -m and a module) in two processes joined by gloo; what each printed, kept below `logs`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--redirects", "1", "--log-dir", logs, *words]
+def two_processes(*words, cwd=ROOT, timeout=None):
+    """Run Python (options of torchrun, then a file, or -m and a module) in two processes joined by gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(cwd)}
-    done = subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(map(str, command), env=env, capture_output=True, text=True, cwd=cwd, timeout=timeout)
+
+
+def torchrun(logs, *words, cwd=ROOT):
+    """What each of two processes printed, kept below `logs`, that ran to their end."""
+    done = two_processes("--redirects", "1", "--log-dir", logs, *words, cwd=cwd)
     printed = [path.read_text() for path in sorted(logs.glob("**/stdout.log"))]
     assert done.returncode == 0 and len(printed) == 2, (done.stdout, done.stderr, printed)
     return printed
@@ -246,10 +250,7 @@ print("wrote", apply.denoise_stack(network, sys.argv[1], sys.argv[2], batch_size
 def test_two_processes_end_where_the_stack_cannot_be_written(script, tmp_path):
     """The first says why; the other, which waits to hand over its images, does not wait for ever."""
     stack = particles.new(tmp_path / "noisy.star", np.ones((7, 32, 32)), projection.random_rotations(7, 0), 6.4)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    words = [*command, script(DENOISE), stack, stack]
-    done = subprocess.run(map(str, words), env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = two_processes(script(DENOISE), stack, stack, timeout=300)
     assert done.returncode != 0 and "noisy" in done.stderr and "ValueError" in done.stderr, done.stderr
 
 

@@ -103,6 +103,7 @@ def test_pictures_that_do_not_fit_in_few_colours_become_smaller(tmp_path, monkey
     first, second = (pixels(cell.outputs[0].data) for cell in nbformat.read(out, 4).cells[1:])
     assert out.stat().st_size <= book.LIMIT and first.shape == small.shape
     assert second.shape[:2] in [(225, 150), (150, 100), (75, 50)]
+    assert book.publish(out, tmp_path / "c.ipynb").read_bytes() == out.read_bytes()
 
 
 def test_no_picture_becomes_smaller_while_another_has_colours_to_lose(tmp_path, monkeypatch):

@@ -227,3 +227,11 @@ def test_a_committed_notebook_keeps_the_house_rules(path):
         assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(ast.parse(cell.source)))
     assert any("We differ" in c.source for c in cells) or "01_" in path.name
     assert notebooks.declared(nbformat.read(path, as_version=4), path.name).get("scale", "laptop") == "laptop"
+
+
+def test_what_cannot_be_published_is_said_in_a_line(tmp_path):
+    """As every refusal of the command is; `book` says what it refuses."""
+    cell = nbformat.v4.new_code_cell("1")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
+    with pytest.raises(NotebookError, match="a.ipynb, code cell 1: expected an executed cell"):
+        notebooks.publish(tmp_path / "a.ipynb")
