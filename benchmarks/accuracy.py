@@ -44,7 +44,8 @@ def run(device: str, size: Size) -> dict[str, Any]:
             print(f"accuracy: {precision}", flush=True)
             out = data / precision
             settings = runs.Settings(**network, precision=precision, log_every=chosen["pairs"])
-            runs.run_grid(tasks, settings, data, out, data / "scratch", device, scores=SCORES)
+            jobs = [runs.Job(task, settings, out) for task in tasks]
+            runs.run_grid(jobs, data, data / "scratch", device, scores=SCORES)
             for method in KINDS:
                 cards = [out / run.folder / "generator.json" for run in tasks if run.method == method]
                 psnr = [json.loads(card.read_text())["validation"]["psnr"] for card in cards]

@@ -4,8 +4,8 @@
 #     cluster/submit.sh [STUDY...]
 #
 # Makes the data here (the login node has the network), submits the trainings that are not finished, and then a job that
-# records them in DVC and, where no study was named, makes every table and figure. Submit again after a failure: only what is
-# missing runs. GRES= for a cluster without GPUs; further options of sbatch from its SBATCH_... variables (SBATCH_PARTITION).
+# records them in DVC and, where no study was named, makes every table and figure. Of studies that are not all of a stage
+# nothing is recorded until the others are there. Submit again after a failure: only what is missing runs. GRES= for a cluster without GPUs; further options of sbatch from its SBATCH_... variables (SBATCH_PARTITION).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -20,5 +20,9 @@ if [[ -n $missing ]]; then
     array=$(sbatch --parsable --array="$missing" ${gres:+--gres="$gres"} cluster/train.sbatch)
     echo "trainings $missing: job $array"
     after=(--dependency="afterok:${array%%;*}")
+fi
+if [[ -z $(python -m cryo_lib.paper.cluster stages "$@") ]]; then
+    echo "no collection: these studies are not all that a stage trains"
+    exit
 fi
 echo "collection: job $(sbatch --parsable "${after[@]}" cluster/collect.sbatch "$@")"

@@ -19,8 +19,7 @@ from functools import cache
 from itertools import product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +80,19 @@ def expand(grid: Mapping[str, Any]) -> list[Run]:
             raise ValueError(f"study: {name} are listed twice, got {values}")
     axes = grid["seeds"], grid["variants"] or [""], grid["experiments"], grid["methods"]
     return [Run(method, experiment, seed, variant) for seed, variant, experiment, method in product(*axes)]
+
+
+class Job(NamedTuple):
+    """A run with its settings, whose outputs go below `out`."""
+
+    task: Run
+    settings: Settings
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where its outputs lie."""
+        return self.out / self.task.folder
 
 
 def varied(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -164,7 +176,8 @@ def run(
         _write_lines(state / "metrics.jsonl", history)
         if not quiet and time.monotonic() - printed > PRINT_EVERY:
             printed = time.monotonic()
-            print(f"{_progress(task, history[-1], scores)}, {trainer.speed()['images_per_s']:.0f} images/s", flush=True)
+            speed = trainer.speed()["images_per_s"]
+            print(f"{_progress(final, history[-1], scores)}, {speed:.0f} images/s", flush=True)
 
     trainer, failure = Trainer(Method.parse(task.method), settings, pairs, task.seed, chosen), ""
     try:
@@ -265,8 +278,8 @@ def _begin(threads: int) -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _progress(task: Run, line: dict[str, Any], scores: Iterable[str]) -> str:
-    return f"{task.folder}: {line['progress']:.0%}, {_said(line, scores)}"
+def _progress(folder: Path, line: dict[str, Any], scores: Iterable[str]) -> str:
+    return f"{folder}: {line['progress']:.0%}, {_said(line, scores)}"
 
 
 def _said(values: Mapping[str, float], scores: Iterable[str]) -> str:
@@ -274,16 +287,7 @@ def _said(values: Mapping[str, float], scores: Iterable[str]) -> str:
 
 
 def run_grid(
-    tasks: Iterable[Run],
-    settings: Settings,
-    data: Path,
-    out: Path,
-    scratch: Path,
-    device: str = "auto",
-    *,
-    scores: Scores,
-    variants: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    workers: int = 0,
+    jobs: Iterable[Job], data: Path, scratch: Path, device: str = "auto", *, scores: Scores, workers: int = 0
 ) -> None:
     """Train many runs: side by side on the CPU's cores, or one after another in this process; so on a GPU or several.
 
@@ -292,76 +296,73 @@ def run_grid(
 
     Parameters
     ----------
-    tasks, settings, data, out, scratch, device, scores : as `run`.
-    variants : name -> changes of `settings`, for the tasks that have a variant.
-    workers : runs at a time on the CPU; 0: one a core. Each has one thread; those of fewer tasks than cores have more.
+    data, scratch, device, scores : as `run`.
+    workers : runs at a time on the CPU; 0: one a core. Each has one thread; those of fewer jobs than cores have more.
 
     Raises
     ------
-    ValueError : a task's variant is not among `variants` or is no change of settings, or `workers` is below 0; before
-        anything is trained.
+    ValueError : `workers` is below 0, or two jobs would write the same run; before anything is trained.
     TrainingError : a run failed; what the others reached is kept in `scratch`.
     """
-    given, chosen, workers = list(tasks), models.pick_device(device), checks.integer("workers", workers, low=0)
-    if unknown := sorted({task.variant for task in given} - {"", *variants}):
-        named = f"variant {unknown[0]!r}: expected its changes of settings in `variants`"
-        raise ValueError(f"{named}, which has {list(variants) or 'none'}")
-    try:
-        changed = {task: varied(settings, variants.get(task.variant, {})) for task in given}
-    except ValueError as error:
-        raise ValueError(f"variants: {error}") from error
-    data, out, scratch = Path(data), Path(out), Path(scratch)
-    tasks = parallel.from_first(
-        lambda: [task for task in given if not finished(task, changed[task], data, out, scores)]
+    given, chosen, workers = list(jobs), models.pick_device(device), checks.integer("workers", workers, low=0)
+    data, scratch, places = Path(data), Path(scratch), [job.folder for job in given]
+    if twice := sorted({str(place) for place in places if places.count(place) > 1}):
+        raise ValueError(f"jobs: expected each run once, got {twice[0]} several times; leave one away")
+    waiting = parallel.from_first(
+        lambda: [job for job in given if not finished(job.task, job.settings, data, job.out, scores)]
     )
-    alone = chosen.type != "cpu" or parallel.size() > 1 or not tasks
-    workers = 1 if alone else min(len(tasks), workers or cores())
+    alone = chosen.type != "cpu" or parallel.size() > 1 or not waiting
+    workers = 1 if alone else min(len(waiting), workers or cores())
     if parallel.rank() == 0:
         together = f"{workers} at a time" if parallel.size() == 1 else f"by {parallel.size()} processes together"
-        before = f", {len(given) - len(tasks)} finished before" if len(given) > len(tasks) else ""
-        print(f"{len(tasks)} runs{before} on {_name(chosen)}, {together}; torch {torch.__version__}", flush=True)
-    configurations = {task: configuration_of(task, changed[task], Dataset(data), chosen, scores) for task in given}
-    states = {task: state_of(scratch, configuration) for task, configuration in configurations.items()}
-    arguments = [(task, changed[task], data, out, scratch, str(chosen)) for task in tasks]
+        before = f", {len(given) - len(waiting)} finished before" if len(given) > len(waiting) else ""
+        print(f"{len(waiting)} runs{before} on {_name(chosen)}, {together}; torch {torch.__version__}", flush=True)
+    dataset = Dataset(data)
+    states = {
+        job.folder: state_of(scratch, configuration_of(job.task, job.settings, dataset, chosen, scores))
+        for job in given
+    }
+    arguments = {job.folder: (job.task, job.settings, data, job.out, scratch, str(chosen)) for job in waiting}
     started = time.perf_counter()
     # of all that are given: sums, and so results, depend on it
     threads = torch.get_num_threads() if alone else max(1, cores() // len(given))
     if workers > 1:
         with side_by_side(workers, threads) as pool:
-            futures = {pool.submit(run, *a, scores=scores, quiet=True): a[0] for a in arguments}
+            futures = {pool.submit(run, *a, scores=scores, quiet=True): folder for folder, a in arguments.items()}
             try:
-                _report(_finished(futures, states, scores), len(tasks), started)
+                _report(_finished(futures, states, scores), len(waiting), started)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     else:
         with _threads(threads):
-            _report(((a[0], run(*a, scores=scores)) for a in arguments), len(tasks), started)
+            ended = ((folder, run(*a, scores=scores)) for folder, a in arguments.items())
+            _report(ended, len(waiting), started)
     if parallel.rank() == 0:
         for state in states.values():
             shutil.rmtree(state, ignore_errors=True)
 
 
 def _finished(
-    futures: dict[Future, Run], states: dict[Run, Path], scores: Scores
-) -> Iterator[tuple[Run, dict[str, float]]]:
+    futures: dict[Future, Path], states: dict[Path, Path], scores: Scores
+) -> Iterator[tuple[Path, dict[str, float]]]:
     """Runs as they end; while none does, a line every 10 s on those under way, from their metrics on disk."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, PRINT_EVERY, FIRST_COMPLETED)
         yield from ((futures[future], future.result()) for future in done)
         if not done:
-            lines = {task: states[task] / "metrics.jsonl" for task in map(futures.get, pending)}
-            begun = {task: path.read_text().splitlines()[-1] for task, path in lines.items() if path.is_file()}
-            lines = [f"  {_progress(task, json.loads(line), scores)}" for task, line in begun.items()]
+            lines = {folder: states[folder] / "metrics.jsonl" for folder in map(futures.get, pending)}
+            begun = {folder: path.read_text().splitlines()[-1] for folder, path in lines.items() if path.is_file()}
+            lines = [f"  {_progress(folder, json.loads(line), scores)}" for folder, line in begun.items()]
             print(*lines, sep="\n", flush=True)
 
 
-def _report(finished: Iterable[tuple[Run, dict[str, float]]], total: int, started: float) -> None:
-    for i, (task, values) in enumerate(finished, 1):
+def _report(finished: Iterable[tuple[Path, dict[str, float]]], total: int, started: float) -> None:
+    for i, (folder, values) in enumerate(finished, 1):
         seconds = time.perf_counter() - started
         if parallel.rank() == 0:
-            print(f"[{i}/{total}, {seconds:5.0f} s] {task.folder}: {_said(values, values)}", flush=True)
+            print(f"[{i}/{total}, {seconds:5.0f} s] {folder}: {_said(values, values)}", flush=True)
 
 
 def _name(device: torch.device) -> str:

@@ -4,7 +4,8 @@ python -m cryo_lib.paper.cluster list [STUDY...]       every training, its index
 python -m cryo_lib.paper.cluster missing [STUDY...]    the indices of those that are not, as `sbatch --array` takes them
 python -m cryo_lib.paper.cluster run INDEX             one training, by papermill
 python -m cryo_lib.paper.cluster train [PATTERN...]    what is not finished, without papermill, as long as --minutes
-python -m cryo_lib.paper.cluster collect [STUDY...]    once all are finished: their notebooks; prints their stages
+python -m cryo_lib.paper.cluster stages [STUDY...]     the stages that these studies, or all, are the whole of
+python -m cryo_lib.paper.cluster collect [STUDY...]    once all are finished: these stages' notebooks; prints the stages
 python -m cryo_lib.paper.cluster data [STUDY...]       the stages that make what they train on
 """
 
@@ -31,6 +32,7 @@ from cryo_lib.paper.experiments import DATASETS, grid, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset
 
 NOTEBOOK, SCRATCH = Path("notebooks/03_train_networks.ipynb"), Path(".scratch")
+STAGES = {"rnap": "train", "ribosome": "train_particles"}  # of training, by the data set
 
 
 def tasks(params: dict[str, Any]) -> list[tuple[str, Run]]:
@@ -45,14 +47,15 @@ def chosen(params: dict[str, Any], studies: list[str]) -> dict[int, tuple[str, R
     return {i: task for i, task in enumerate(tasks(params)) if not studies or task[0] in studies}
 
 
-def parameters(params: dict[str, Any], name: str, run: Run | None = None) -> dict[str, Any]:
-    """What notebook 03 is run with for a study, as its stage does, or for one run of it alone."""
-    study = params["study"][name]
-    given = {"scale": params["scale"], "study": name, "device": "auto"} | params["train"] | study
+def parameters(params: dict[str, Any], dataset: str, run: tuple[str, Run] | None = None) -> dict[str, Any]:
+    """What notebook 03 is run with for the studies on a data set, as its stage does, or for one run of one alone."""
+    studies = params["study"]
     if run is not None:
-        given |= {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
-        given["variants"] = {run.variant: study["variants"][run.variant]} if run.variant else {}
-    return given
+        name, task = run
+        one = {"methods": [task.method], "experiments": [task.experiment], "seeds": [task.seed]}
+        one["variants"] = {task.variant: studies[name]["variants"][task.variant]} if task.variant else {}
+        studies = {name: studies[name] | one}
+    return {"scale": params["scale"], "dataset": dataset, "device": "auto", "study": studies} | params["train"]
 
 
 def folders(params: dict[str, Any], name: str) -> tuple[Path, Path]:
@@ -144,33 +147,45 @@ def train(params: dict[str, Any], index: int) -> Path:
         raise ValueError(f"index: expected {trainings}, got {index}")
     study, run = everything[index]
     out = Path("executed", scale, "cluster", f"{study}-{run.folder.as_posix().replace('/', '-')}.ipynb")
-    return notebooks.run(NOTEBOOK, out, parameters(params, study, run), complete=True)
+    given = parameters(params, params["study"][study]["dataset"], (study, run))
+    return notebooks.run(NOTEBOOK, out, given, complete=True)
+
+
+def stages(params: dict[str, Any], studies: list[str]) -> dict[str, str]:
+    """The stages of training all of whose studies are named, or all where none is, and the data set of each."""
+    named = {name for name, _ in chosen(params, studies).values()}
+    asked = {dataset: {name for name, s in params["study"].items() if s["dataset"] == dataset} for dataset in STAGES}
+    return {f"{STAGES[dataset]}@{params['scale']}": dataset for dataset, whole in asked.items() if whole <= named}
 
 
 def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
-    """Make what their stages make of finished trainings, the notebooks with their curves; the stages, for `dvc commit`.
+    """Make what stages make of finished trainings, the notebooks with their curves; the stages, for `dvc commit`.
 
     Raises
     ------
     FileNotFoundError : trainings that are not finished, or not by these settings, data and code.
-    ValueError : runs in the studies' folders that are in no grid; DVC would take them up.
+    ValueError : studies that are not all of a stage; runs in a study's folder that are in no grid, and which DVC would
+        take up.
     """
-    wanted = chosen(params, studies)
+    wanted, made = chosen(params, studies), stages(params, studies)
+    if not made:
+        whole = "; ".join(", ".join(n for n, s in params["study"].items() if s["dataset"] == d) for d in STAGES)
+        problem = f"expected all that a stage trains ({whole}), got {', '.join(studies)}"
+        raise ValueError(f"studies: {problem}; name them all")
     if missing := [i for i, task in wanted.items() if not finished(params, *task)]:
         counted = f"{len(missing)} of {len(wanted)} trainings are not finished"
         raise FileNotFoundError(f"{counted}: {ranges(missing)}; submit them again")
-    names = list(dict.fromkeys(name for name, _ in wanted.values()))
     known = {folders(params, name)[1] / run.folder for name, run in wanted.values()}
+    names = dict.fromkeys(name for name, _ in wanted.values())
     found = {path.parent for name in names for path in folders(params, name)[1].rglob("generator.safetensors")}
     if strays := sorted(map(str, found - known)):
         problem = f"expected the runs of the studies alone, got {len(strays)} others, the first {strays[0]}"
         raise ValueError(f"{problem}; remove them")
-    for name in names:
-        copy = Path("executed", params["scale"], f"{NOTEBOOK.stem}-{name}.ipynb")
+    for dataset in made.values():
+        copy = Path("executed", params["scale"], f"{NOTEBOOK.stem}-{dataset}.ipynb")
         with contextlib.redirect_stdout(sys.stderr):
-            notebooks.publish(notebooks.run(NOTEBOOK, copy, parameters(params, name), complete=True))
-    stage = {"projections": "train", "pairs": "train_particles"}
-    return [f"{stage[made_by(params, name)]}@{params['scale']}-{name}" for name in names]
+            notebooks.publish(notebooks.run(NOTEBOOK, copy, parameters(params, dataset), complete=True))
+    return [*made]
 
 
 def made_by(params: dict[str, Any], name: str) -> str:
@@ -182,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 when all went well."""
     parser = argparse.ArgumentParser(prog="python -m cryo_lib.paper.cluster", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "missing", "collect", "data"):
+    for name in ("list", "missing", "stages", "collect", "data"):
         commands.add_parser(name).add_argument("studies", nargs="*")
     commands.add_parser("run").add_argument("index", type=int)
     piece = commands.add_parser("train")
@@ -198,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "train":
             left = work(params, options.patterns, options.minutes, options.device, options.workers)
             print(f"{left} trainings left" + (": call again" if left else ""))
+        elif options.command == "stages":
+            print(*stages(params, options.studies))
         elif options.command == "collect":
             print(*collect(params, options.studies))
         elif options.command == "data":

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cryo_lib.networks.runs import Run, Settings, expand, varied
+from cryo_lib.networks.runs import Job, Run, Settings, expand, varied
 from cryo_lib.simulate.noise import PROTOCOLS
 from cryo_lib.stacks.dataset import MEASURED, Experiment
 
@@ -32,6 +32,24 @@ def settings_of(params: dict[str, Any], name: str, run: Run) -> Settings:
     study = params["study"][name]
     settings = varied(varied(Settings(), params["train"]["settings"]), study["changes"])
     return varied(settings, study["variants"].get(run.variant, {}))
+
+
+def of_dataset(study: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """The studies on a data set, each with all of its keys; ValueError where there is none.
+
+    One that leaves them away is on this data set, of seed 0, and changes no settings.
+    """
+    left_out = {"dataset": dataset, "seeds": [0], "changes": {}, "variants": {}}
+    found = {name: left_out | each for name, each in study.items() if each.get("dataset", dataset) == dataset}
+    if not found:
+        raise ValueError(f"study: expected one on the data set {dataset!r}, got {study}; name the data set of one")
+    return found
+
+
+def jobs(params: dict[str, Any], name: str) -> list[Job]:
+    """The trainings of a study, as `runs.run_grid` takes them; what of `params` it needs is scale, train and study."""
+    out = Path("runs", params["scale"], name)
+    return [Job(run, settings_of(params, name, run), out) for run in grid(params["study"][name])]
 
 
 def expected_runs(params: dict[str, Any], names: list[str], folder: Path) -> dict[Path, Run]:

@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument(
             "-p", nargs=2, metavar=("NAME", "VALUE"), help="VALUE as it is for text, else as YAML", **often
         )
-        what = "all parameters of a section, such as study.table1; then none may be missing"
+        what = "all parameters of a section, or the parameter that has its name; then none may be missing"
         command.add_argument("-s", metavar="SECTION", help=what, **often)
         command.add_argument("--params", default="params.yaml", help="the parameter file that sections are read from")
     commands.add_parser("list", help="the notebooks: what they make and cost")
@@ -263,9 +263,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command in ("run", "script"):
             notebook, parameters = find(options.notebook), {}
+            known = declared(_read(notebook, {}, False), notebook.name)
             for name in options.s:
-                parameters |= section(_file(options.params), name)
-            known = declared(_read(notebook, {}, False), notebook.name) if options.p else {}
+                found = section(_file(options.params), name)
+                parameters |= {name: found} if name in known else found
             parameters |= {name: value_of(name, text, known.get(name)) for name, text in options.p}
             if options.command == "script":
                 script(notebook, parameters, complete=bool(options.s))

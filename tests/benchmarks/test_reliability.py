@@ -65,7 +65,7 @@ def test_a_process_is_killed_with_all_that_it_started():
 
 def test_a_kill_knows_the_stage_that_is_under_way(tmp_path):
     log = tmp_path / "copy.log"
-    log.write_text("Running stage 'structures@ci':\n> cryo run 00\nRunning stage 'train@ci-table1':\n")
+    log.write_text("Running stage 'structures@ci':\n> cryo run 00\nRunning stage 'train@ci':\n")
     first = len(log.read_text())
     assert interrupted.running(tmp_path / "copy", 0) == "train"
     assert interrupted.running(tmp_path / "copy", first) == ""

@@ -194,8 +194,8 @@ import sys
 from pathlib import Path
 data, out = map(Path, sys.argv[1:])
 settings = runs.Settings(width=2, epochs=2, batch_size=4, log_every=3, eta_g=1e-4)
-runs.run_grid([Run("l2_ae", "awgn-0.5-A_0.3", seed) for seed in (0, 1)], settings, data, out, out / "scratch", "cpu",
-    scores=SCORES)
+jobs = [runs.Job(Run("l2_ae", "awgn-0.5-A_0.3", seed), settings, out) for seed in (0, 1)]
+runs.run_grid(jobs, data, out / "scratch", "cpu", scores=SCORES)
 """
 
 
@@ -230,7 +230,8 @@ def test_notebooks_train_together_and_leave_a_copy_each(tmp_path):
         np.save(data / f"x_{split}.npy", rng.random((n, 32, 32), np.float32))
     (data / "card.json").write_text(json.dumps({"seed": 0, "pixel_size": 4.0}))
     settings = "{width: 2, epochs: 1, batch_size: 4, calibration: 12, eta_g: 1.0e-3}"
-    given = {"methods": "[js_l1]", "settings": settings, "device": "cpu"}
+    study = "{try: {methods: [js_l1], experiments: [awgn-0.1-none]}}"
+    given = {"study": study, "settings": settings, "device": "cpu"}
     words = [word for name, value in given.items() for word in ("-p", name, value)]
     notebook, out = root / "notebooks/03_train_networks.ipynb", root / "executed/03.ipynb"
     printed = torchrun(tmp_path / "logs", "-m", "cryo_lib.paper.notebooks", "run", notebook, out, *words, cwd=root)

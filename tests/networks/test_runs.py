@@ -21,7 +21,7 @@ from cryo_lib.evaluate.metrics import SCORES
 from cryo_lib.networks import engine, losses, models, runs
 from cryo_lib.networks.algorithm import Settings
 from cryo_lib.networks.engine import Trainer, TrainingError
-from cryo_lib.networks.runs import Run, varied
+from cryo_lib.networks.runs import Job, Run, varied
 from cryo_lib.stacks.dataset import Dataset
 
 SMALL = Settings(width=2, epochs=2, batch_size=4, log_every=3)
@@ -147,20 +147,23 @@ def test_a_grid_leaves_finished_runs_as_they_are(data, tmp_path, capsys, monkeyp
     folders = data, tmp_path / "o", tmp_path / "s", "cpu"
     runs.run(tasks[0], settings, *folders, scores=SCORES)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("generator.*")}
-    runs.run_grid(tasks, settings, *folders, scores=SCORES)
+    jobs = [Job(task, settings, tmp_path / "o") for task in tasks]
+    grid = jobs, data, tmp_path / "s", "cpu"
+    runs.run_grid(*grid, scores=SCORES)
     assert "1 runs, 1 finished before" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert not list((tmp_path / "s").glob("*/"))
-    runs.run_grid(tasks, settings, *folders, scores=SCORES)
+    runs.run_grid(*grid, scores=SCORES)
     assert "0 runs, 2 finished before" in capsys.readouterr().out
-    runs.run_grid(tasks, settings, data, tmp_path / "whole", tmp_path / "s", "cpu", scores=SCORES)
+    whole = [Job(task, settings, tmp_path / "whole") for task in tasks]
+    runs.run_grid(whole, data, tmp_path / "s", "cpu", scores=SCORES)
     for task in tasks:
         assert_same_weights(weights(tmp_path / "o" / task.folder), weights(tmp_path / "whole" / task.folder))
 
 
 def test_scores_are_what_they_are_called(data, tmp_path, capsys):
     task = Run("l1_ae", "awgn-0.5-none", 0)
-    runs.run_grid([task], SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", scores={"error": SCORES["mse"]})
+    runs.run_grid([Job(task, SMALL, tmp_path / "o")], data, tmp_path / "s", "cpu", scores={"error": SCORES["mse"]})
     card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
     assert (
         set(card["validation"]) == {"error"} and f"error {card['validation']['error']:.4g}" in capsys.readouterr().out
@@ -170,9 +173,8 @@ def test_scores_are_what_they_are_called(data, tmp_path, capsys):
 def test_a_grid_side_by_side_equals_one_after_another_and_leaves_no_state(data, tmp_path, capsys):
     tasks, threads = [Run(m, "awgn-0.5-none", s) for m in ("l1_ae", "js_l1") for s in (0, 1)], torch.get_num_threads()
     for workers in (1, 2):
-        runs.run_grid(
-            tasks, SMALL, data, tmp_path / str(workers), tmp_path / "scratch", "cpu", workers=workers, scores=SCORES
-        )
+        jobs = [Job(task, SMALL, tmp_path / str(workers)) for task in tasks]
+        runs.run_grid(jobs, data, tmp_path / "scratch", "cpu", workers=workers, scores=SCORES)
     for task in tasks:
         assert_same_weights(weights(tmp_path / "1" / task.folder), weights(tmp_path / "2" / task.folder))
     assert not list((tmp_path / "scratch").glob("*/"))
@@ -191,7 +193,8 @@ def test_numpy_has_one_thread_where_networks_train(workers, data, tmp_path, monk
     tasks, scores = [Run("l1_ae", "awgn-0.5-none", seed) for seed in (0, 1)], {"threads": threads_of_numpy}
     with threadpool_limits(2, user_api="blas"):
         assert threads_of_numpy(None, None).max() == 2
-        runs.run_grid(tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", workers=workers, scores=scores)
+        jobs = [Job(task, SMALL, tmp_path / "o") for task in tasks]
+        runs.run_grid(jobs, data, tmp_path / "s", "cpu", workers=workers, scores=scores)
     for task in tasks:
         card = json.loads((tmp_path / "o" / task.folder / "generator.json").read_text())
         assert card["validation"] == {"threads": 1}
@@ -206,7 +209,7 @@ def test_processes_side_by_side_end_with_the_one_that_started_them(data, tmp_pat
         tasks = [runs.Run('l1_ae', 'awgn-0.5-none', seed) for seed in (0, 1)]
         settings = runs.Settings(width=2, epochs=10**6, batch_size=4, log_every=3)
         data, out, scratch = Path({str(data)!r}), Path({str(tmp_path)!r}, 'out'), Path({str(tmp_path)!r}, 'scratch')
-        runs.run_grid(tasks, settings, data, out, scratch, 'cpu', scores=SCORES, workers=2)
+        runs.run_grid([runs.Job(task, settings, out) for task in tasks], data, scratch, 'cpu', scores=SCORES, workers=2)
     """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
     try:
@@ -302,33 +305,22 @@ def test_recorded_a_run_that_breaks_at_once_is_the_untrained_network(data, tmp_p
     )
 
 
-def test_variants_change_the_settings_of_their_runs_alone(data, tmp_path):
-    tasks = [Run("js_l1", "awgn-0.5-O_0.3", 0, variant) for variant in ("", "lam_0", "small")]
+def test_runs_side_by_side_have_each_their_own_settings_and_folder(data, tmp_path):
     np.savez(data / "poses.npz", train_rotations=np.tile(np.eye(3), (18, 1, 1)), train_conformations=np.arange(18) % 2)
     np.save(data / "volumes.npy", np.random.default_rng(0).random((2, 32, 32, 32), np.float32))
-    variants = {"lam_0": {"lam": 0.0}, "small": {"width": 1, "batch_size": 9}}
-    runs.run_grid(
-        tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", variants=variants, workers=1, scores=SCORES
-    )
-    cards = [json.loads((tmp_path / "o" / task.folder / "generator.json").read_text()) for task in tasks]
+    changes = {"": {}, "lam_0": {"lam": 0.0}, "small": {"width": 1, "batch_size": 9}}
+    tasks = {variant: Run("js_l1", "awgn-0.5-O_0.3", 0, variant) for variant in changes}
+    jobs = [Job(tasks[name], varied(SMALL, each), tmp_path / f"o{name}") for name, each in changes.items()]
+    runs.run_grid(jobs, data, tmp_path / "s", "cpu", workers=2, scores=SCORES)
+    cards = [json.loads((job.folder / "generator.json").read_text()) for job in jobs]
     assert [card["settings"]["lam"] for card in cards] == [10, 0, 10] and [card["width"] for card in cards] == [2, 2, 1]
     assert [card["run"]["variant"] for card in cards] == ["", "lam_0", "small"]
 
 
-@pytest.mark.parametrize(
-    "variants, message",
-    [
-        ({}, "variant 'lam_0': expected its changes of settings in `variants`, which has none"),
-        ({"lam_0": {"lambda": 0.0}}, "variants: settings: lambda: unknown"),
-        ({"lam_0": {"lam": -1.0}}, "variants: settings: lam: expected a number greater than or equal to 0, got -1.0"),
-    ],
-)
-def test_a_variant_that_is_none_is_refused_before_anything_is_trained(variants, message, data, tmp_path):
-    tasks = [Run("l1_ae", "awgn-0.5-none", 0), Run("l1_ae", "awgn-0.5-none", 0, "lam_0")]
-    with pytest.raises(ValueError, match=message):
-        runs.run_grid(
-            tasks, SMALL, data, tmp_path / "o", tmp_path / "s", "cpu", variants=variants, workers=1, scores=SCORES
-        )
+def test_a_run_that_two_jobs_would_write_is_refused_before_anything_is_trained(data, tmp_path):
+    jobs = [Job(Run("l1_ae", "awgn-0.5-none", 0), varied(SMALL, {"lam": lam}), tmp_path / "o") for lam in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="expected each run once, got .*l1_ae/awgn-0.5-none/seed0 several times"):
+        runs.run_grid(jobs, data, tmp_path / "s", "cpu", workers=1, scores=SCORES)
     assert not (tmp_path / "o").exists()
 
 

@@ -17,9 +17,9 @@ import yaml
 
 from cryo_lib.evaluate import metrics
 from cryo_lib.networks import models
-from cryo_lib.networks.runs import Run, expand
-from cryo_lib.paper import cluster, machine, notebooks, trained
-from cryo_lib.paper.experiments import GRID, grid, read_scale
+from cryo_lib.networks.runs import Run
+from cryo_lib.paper import cluster, machine, trained
+from cryo_lib.paper.experiments import grid, jobs, of_dataset, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,20 +33,20 @@ def test_every_training_is_one_task_and_has_the_parameters_that_its_stage_passes
     params = read_scale(path)
     everything = cluster.tasks(params)
     assert everything == [(name, run) for name, study in params["study"].items() for run in grid(study)]
-    for name, run in everything:
-        stage = "train_particles" if name in params["particle_studies"] else "train"
-        command = STAGES[stage]["cmd"].replace("${item.study}", name).replace("${item.scale}", params["scale"])
-        words, expected = command.split(), {}
+    for dataset, stage in cluster.STAGES.items():
+        words, expected = STAGES[stage]["cmd"].replace("${item.scale}", params["scale"]).split(), {}
         for word, value in zip(words, words[1:]):
             if word == "-s":
-                expected |= notebooks.section(params, value)
+                expected |= {value: params[value]} if value == "study" else params[value]
         expected |= {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
-        assert cluster.parameters(params, name) == expected
-        given = cluster.parameters(params, name, run)
-        own = {"methods": [run.method], "experiments": [run.experiment], "seeds": [run.seed]}
-        own["variants"] = {k: v for k, v in expected["variants"].items() if k == run.variant}
-        assert given == expected | own
-        assert expand({key: given[key] for key in GRID}) == [run]
+        assert cluster.parameters(params, dataset) == expected
+        trained = [run for name, study in of_dataset(expected["study"], dataset).items() for run in grid(study)]
+        assert trained == [run for name, run in everything if params["study"][name]["dataset"] == dataset]
+        for name, run in everything[:: 1 + len(everything) // 50]:
+            given = cluster.parameters(params, dataset, (name, run))
+            assert given == expected | {"study": given["study"]} and [*given["study"]] == [name]
+            assert grid(given["study"][name]) == [run]
+            assert settings_of(params | {"study": given["study"]}, name, run) == settings_of(params, name, run)
 
 
 def test_the_data_of_studies_are_those_of_their_stages():
@@ -56,6 +56,15 @@ def test_the_data_of_studies_are_those_of_their_stages():
     for name, stage in made_by.items():
         (out,) = [out for out in STAGES[stage]["outs"] if isinstance(out, str)]
         assert out.replace("${item.scale}", "ci") == cluster.folders(params, name)[0].as_posix()
+
+
+def test_a_stage_is_collected_when_all_that_it_trains_is_asked_for():
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    assert [*cluster.stages(params, [])] == ["train@ci", "train_particles@ci"]
+    assert cluster.stages(params, ["table1", "figure4_halves", "figure4"]) == {"train_particles@ci": "ribosome"}
+    assert cluster.stages(params, ["table1", "figure4"]) == {}
+    with pytest.raises(ValueError, match="all that a stage trains .*; figure4, figure4_halves.*, got table1, figure4;"):
+        cluster.collect(params, ["table1", "figure4"])
 
 
 def test_indices_are_written_as_slurm_reads_them():
@@ -182,7 +191,7 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
     environment = slurm | {"PATH": path, "PYTHONPATH": str(tmp_path), "GRES": "", "OMP_NUM_THREADS": "1"}
     here = {"cwd": tmp_path, "env": environment}
 
-    said = run("cluster/submit.sh table1", **here)
+    said = run("cluster/submit.sh figure4 figure4_halves", **here)
     array, collection = (line.rsplit(" ", 1)[1] for line in said.splitlines() if ": job " in line)
     wait_for(lambda: list(tmp_path.glob(".scratch/*/state.pt")), 900, "a training under way")
     running = run(f"squeue --noheader --states=R --jobs={array} --format=%i", **here).split()[0]
@@ -194,23 +203,23 @@ def test_a_job_array_trains_survives_a_requeue_and_is_collected(slurm, tmp_path)
 
     logs = {path.name: path.read_text() for path in (tmp_path / "cluster" / "logs").iterdir()}
     assert "restart 0" in logs[f"train-{running}.out"] and "restart 1" in logs[f"train-{running}.out"], logs
-    assert run("python -m cryo_lib.paper.cluster missing table1", **here) == "", logs
-    folder = tmp_path / "runs/ci/table1"
-    made = {path.parent.relative_to(folder) for path in folder.rglob("generator.json")}
-    assert made == {each.folder for each in grid(read_scale(tmp_path / "params.yaml")["study"]["table1"])}
+    assert run("python -m cryo_lib.paper.cluster missing figure4 figure4_halves", **here) == "", logs
+    made = {path.parent.relative_to(tmp_path) for path in tmp_path.glob("runs/ci/**/generator.json")}
+    params = read_scale(tmp_path / "params.yaml")
+    assert made == {job.folder for name in ("figure4", "figure4_halves") for job in jobs(params, name)}
     collected = logs[f"collect-{collection}.out"]
-    assert "Running stage" not in run("dvc repro --single-item train@ci-table1", **here), collected
+    assert "Running stage" not in run("dvc repro --single-item train_particles@ci", **here), collected
 
-    assert run("python -m cryo_lib.paper.cluster collect table1", **here) == "train@ci-table1"
-    stray = folder / "l1_ae/awgn-0.1-none/seed9/generator.safetensors"
+    collect = "python -m cryo_lib.paper.cluster collect figure4 figure4_halves"
+    assert run(collect, **here) == "train_particles@ci"
+    stray = tmp_path / "runs/ci/figure4/l1_ae/measured-none/seed9/generator.safetensors"
     stray.parent.mkdir()
     stray.touch()
-    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
-    assert "got 1 others, the first runs/ci/table1/l1_ae/awgn-0.1-none/seed9; remove them" in said
+    said = refusal(collect, **here)
+    assert "got 1 others, the first runs/ci/figure4/l1_ae/measured-none/seed9; remove them" in said
     stray.unlink()
-    next(folder.rglob("generator.safetensors")).unlink()
-    said = refusal("python -m cryo_lib.paper.cluster collect table1", **here)
-    assert "1 of 8 trainings are not finished: " in said
+    next(tmp_path.glob("runs/ci/**/generator.safetensors")).unlink()
+    assert "1 of 4 trainings are not finished: " in refusal(collect, **here)
 
 
 ABSENT = """dvc papermill IPython ipykernel nbclient nbconvert jupyterlab mrcfile starfile skimage sklearn aspire

@@ -102,8 +102,11 @@ def test_notebooks_that_show_results_are_published(name):
     assert all(Path(next(iter(out))).name.startswith(stem) for out in published)
 
 
-def test_an_evaluation_depends_on_every_study_it_evaluates():
+def test_stages_make_every_study_and_an_evaluation_depends_on_those_it_evaluates():
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for stage, studies in {"train": params["studies"], "train_particles": params["particle_studies"]}.items():
+        outs = {next(iter(out)) for out in STAGES[stage]["outs"]}
+        assert {out for out in outs if out.startswith("runs/")} == {f"runs/${{item.scale}}/{name}" for name in studies}
     papers = [name for name in params["studies"] if name not in params["supplement_studies"]]
     wanted = {"evaluate": papers, "evaluate_supplement": params["supplement_studies"]}
     for name, studies in (wanted | {"evaluate_particles": params["particle_studies"]}).items():
@@ -118,9 +121,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     words, given = RUNS[name]["cmd"].split(), {}
     for word, value in zip(words, words[1:]):
         if word == "-s":
-            study = "figure4" if name == "train_particles" else "table1"
-            value = value.replace("${item.study}", study).replace("${item.network}", "figure4")
-            given |= notebooks.section(params, value)
+            found = notebooks.section(params, value.replace("${item.network}", "figure4"))
+            given |= {"study": None} if value == "study" else found
         elif word == "-p":
             given[value] = None
     known = notebooks.declared(nbformat.read(notebook_of(RUNS[name]), as_version=4), name)
@@ -128,9 +130,8 @@ def test_parameters_are_the_same_in_notebook_command_and_file(name):
     if int(notebook_of(RUNS[name]).name[:2]) >= 20:  # tables and figures: what they show is a default of the notebook's
         return
     assert set(given) == set(known)
-    lists = {"methods", "experiments", "seeds", "dataset", "changes"}  # a reader's own training is a small one
     git = {"checkpoint"} if name == "denoise" else set()  # a reader's lies in git; the pipeline takes it as trained
-    assert not {k for k, v in given.items() if v is not None and v != known[k]} - lists - git
+    assert not {k for k, v in given.items() if v is not None and v != known[k]} - git
 
 
 def test_a_stage_tracks_the_sections_it_reads():
@@ -199,12 +200,9 @@ def test_the_ci_scale_makes_every_output(ci_run):
     for stage in STAGES.values():
         for out in stage["outs"]:
             path = (next(iter(out)) if isinstance(out, dict) else out).replace("${item.scale}", "ci")
-            params = read_scale(ci_run / "params.yaml")
-            for study in params[stage.get("matrix", {}).get("study", "${studies}").strip("${}")]:
-                for network in ("figure4", "halves"):
-                    made = path.replace("${item.study}", study).replace("${item.network}", network)
-                    made = made.replace("${weights.weights_method}", "beta_05_05_l1")
-                    assert (ci_run / made).exists(), made
+            for network in ("figure4", "halves"):
+                made = path.replace("${item.network}", network).replace("${weights.weights_method}", "beta_05_05_l1")
+                assert (ci_run / made).exists(), made
     assert len(pd.read_csv(ci_run / "results/ci/metrics.csv")) == 6 + 7 + 2 + 2 + 2 + 8 + 2 + 2 + 2 + 8
 
 
@@ -243,7 +241,7 @@ def test_a_change_of_code_below_a_stage_reruns_it_and_disowns_its_runs(ci_run, t
     module.write_text(module.read_text() + "\nMORE = 1\n")
     whole(repro(folder, "nbsrc"))
     changed = set(json.loads(in_folder(folder, "dvc", "status", "--json").stdout))
-    assert {"train@ci-table1", "train_particles@ci-figure4"} <= changed
+    assert {"train@ci", "train_particles@ci"} <= changed
     assert not {"structures@ci", "projections@ci", "baselines@ci", "pairs@ci", "figure5@ci"} & changed
     last = len(cluster.tasks(read_scale(folder / "params.yaml"))) - 1
     assert whole(in_folder(folder, *MISSING)).stdout.strip() == f"0-{last}"
@@ -255,8 +253,8 @@ def test_a_rerun_with_the_same_result_leaves_a_clean_tree(ci_run, tmp_path):
     commit(folder)
     for kept in ("data/ci/particles", "runs/ci/table1", "runs/ci/figure4"):  # by DVC, and by the stage if finished
         shutil.rmtree(folder / kept)
-    names = "structures projections posterior classes baselines train@ci-table1 export reconstruct relion".split()
-    names += "particles pairs train_particles@ci-figure4 denoise@ci-figure4 assign weights".split()
+    names = "structures projections posterior classes baselines train export reconstruct relion".split()
+    names += "particles pairs train_particles denoise@ci-figure4 assign weights".split()
     targets = [name if "@" in name else f"{name}@ci" for name in names]
     assert stages_run(whole(repro(folder, "--force", "--single-item", *targets))) == {*targets}
     assert git(folder, "status", "--porcelain") == ""
