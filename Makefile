@@ -23,9 +23,17 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 scm: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 
+# DVC makes one stage at a time, many of which keep one core busy: parts of the pipeline that share no file go side by
+# side, each by a DVC that waits for the others' lock, and then what is left.
+TOGETHER := xargs -P 3 -I{} sh -c 'dvc repro --wait-for-lock {}'
+
 repro: scm
 	@python -m cryo_lib.paper.experiments
 	@python -m cryo_lib.paper.machine
+	dvc repro nbsrc
+	printf '%s\n' projections pairs | $(TOGETHER)
+	printf '%s\n' 'posterior classes screening baselines' train 'figure4 weights' | $(TOGETHER)
+	printf '%s\n' 'figure3bd figure3hj junk conformations' 'noises criteria' 'table1 figure3eg answer' | $(TOGETHER)
 	dvc repro
 	@python -m cryo_lib.paper.report
 	@cryo report

@@ -4,7 +4,7 @@
 |---|---|---|
 | gaussian | scipy.fft | periodic low-pass exp(-2 (pi width f)^2); width tuned |
 | bm3d | bm3d (non-commercial licence) | nf = 16 (within 0.1 dB of 32, or better); profile, factor on sigma tuned |
-| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
+| ksvd | dictlearn (with numba) | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
 | nlm | scikit-image | fast mode, patch 7 px, sigma known; distance in px and h in units of sigma tuned |
 | cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of noisy images |
 | rir | ASPIRE (GPL-3.0) | `RIRClass2D`: the mean of an image and of the 49 nearest by their bispectra, turned to it |
@@ -44,7 +44,7 @@ NEEDS = {  # least image side in px (a patch, or the basis, has to fit), module,
     "rir": (16, "aspire", "aspire"),  # for as many components as it is given
 }
 WIDTHS = np.geomspace(0.25, 64.0, 161)  # px, standard deviations tried by "gaussian"
-TUNING_PAIRS = 24  # training pairs, from the first on, that choose among SETTINGS
+TUNING_PAIRS = 16  # training pairs, from the first on, that choose among SETTINGS
 SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the first is that of a caller without pairs
     "bm3d": [{"profile": profile, "factor": factor} for profile in ("np", "vn") for factor in (1.0, 1.15, 1.3)],
     "nlm": [{"distance": distance, "h": h} for distance in (11, 3, 5, 7, 9, 15) for h in (0.8, 0.5, 1.2, 2.0)],

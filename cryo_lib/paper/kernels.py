@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from traitlets import Type
 
 EVERY = 1.0  # s
@@ -39,6 +41,17 @@ class Client(AsyncKernelClient):
 
 
 class Manager(AsyncKernelManager):
-    """What nbclient and papermill start a kernel with: `kernel_manager_class`."""
+    """A kernel, with such a client."""
 
     client_factory = Type(Client, AsyncKernelClient)
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[Manager]:
+    """The Python kernel, as nbclient and papermill take it (`km`), with further arguments: it begins, and ends here."""
+    manager = Manager(kernel_name="python3")
+    run_sync(manager.start_kernel)(extra_arguments=[*arguments])
+    try:
+        yield manager
+    finally:
+        run_sync(manager.shutdown_kernel)()

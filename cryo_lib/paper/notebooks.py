@@ -122,11 +122,7 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     ------
     NotebookError : no such notebook, a parameter that is unknown or of the wrong type, or a cell that failed.
     """
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    from cryo_lib.paper.kernels import Manager
+    from cryo_lib.paper.kernels import started
 
     notebook = Path(notebook)
     _read(notebook, parameters, complete)
@@ -135,12 +131,22 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
     if rank := int(os.environ.get("RANK", 0)):
         out = out.with_stem(f"{out.stem}.{rank}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Manager}
-    kernel |= {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"], "start_timeout": PATIENCE}
-    kernel |= {"iopub_timeout": PATIENCE, "raise_on_iopub_timeout": True}  # else what comes late is left out
+    with started("--IPKernelApp.log_level=CRITICAL") as kernel:
+        _execute(notebook, out, parameters, kernel)
+    return out
+
+
+def _execute(notebook: Path, out: Path, parameters: dict[str, Any], kernel: Any) -> None:
+    """Execute a notebook in a kernel that is started; NotebookError where that fails."""
+    import papermill  # a second, in which the kernel gets ready
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    given = {"km": kernel, "kernel_name": "python3", "language": "python", "start_timeout": PATIENCE}
+    given |= {"iopub_timeout": PATIENCE, "raise_on_iopub_timeout": True}  # else what comes late is left out
     streams = {"log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr, "progress_bar": False}
     try:
-        papermill.execute_notebook(notebook, out, parameters, **kernel, **streams)
+        papermill.execute_notebook(notebook, out, parameters, **given, **streams)
     except PapermillExecutionError as error:
         what = f"cell {error.exec_count} failed: {error.ename}: {error.evalue}"
         if re.fullmatch(r"\d+ requested and \d+ written", error.evalue):  # NumPy's words for a file that is cut short
@@ -151,7 +157,6 @@ def run(notebook: str | Path, out: str | Path | None, parameters: dict[str, Any]
         raise NotebookError(
             f"{notebook}: {what}; free memory for it, and run it again (executed copy: {out})"
         ) from error
-    return out
 
 
 def _set_threads() -> None:
