@@ -23,17 +23,22 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 scm: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 
-# DVC makes one stage at a time, many of which keep one core busy: parts of the pipeline that share no file go side by
-# side, each by a DVC that waits for the others' lock, and then what is left.
-TOGETHER := xargs -P 3 -I{} sh -c 'dvc repro --wait-for-lock {}'
+# DVC makes one stage at a time, most of which keep one core busy. Here lines of stages that share no file go side by
+# side, each by a DVC that waits for the others' lock; then `dvc repro` makes what is left.
+SIDE_BY_SIDE := xargs -P 3 -I{} sh -c 'dvc --wait-for-lock repro --single-item {}'
+FIRST := 'structures projections' 'particles pairs'
+SECOND := 'train train_particles evaluate_particles denoise reconstruct_particles figure4 weights' \
+  'posterior classes screening baselines'
+THIRD := 'evaluate table1 figure1 figure3a figure3eg evaluate_supplement scores lambda adversary architectures protocols \
+  robustness answer' 'export reconstruct relion figure3bd figure3hj' 'assign conformations criteria junk noises figure2 figure5'
 
 repro: scm
 	@python -m cryo_lib.paper.experiments
 	@python -m cryo_lib.paper.machine
-	dvc repro nbsrc
-	printf '%s\n' projections pairs | $(TOGETHER)
-	printf '%s\n' 'posterior classes screening baselines' train 'figure4 weights' | $(TOGETHER)
-	printf '%s\n' 'figure3bd figure3hj junk conformations' 'noises criteria' 'table1 figure3eg answer' | $(TOGETHER)
+	@dvc repro nbsrc
+	@printf '%s\n' $(FIRST) | $(SIDE_BY_SIDE)
+	@printf '%s\n' $(SECOND) | $(SIDE_BY_SIDE)
+	@printf '%s\n' $(THIRD) | $(SIDE_BY_SIDE)
 	dvc repro
 	@python -m cryo_lib.paper.report
 	@cryo report

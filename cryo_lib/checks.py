@@ -32,13 +32,15 @@ def as_images(name: str, value: Any, dtype: type = np.float32) -> np.ndarray:
             f"{name}: expected images of shape (n, h, w) with n, h, w >= 1, got {array.shape}; "
             "a single image is image[None]"
         )
+    with np.errstate(over="ignore"):  # what is beyond the range of `dtype` is told as infinite
+        array = array.astype(dtype, copy=False)
     finite = np.isfinite(array).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(
             f"{name}: expected finite pixels, got NaN or infinity in {int((~finite).sum())} of {len(array)} images, "
             f"the first is image {int(np.argmin(finite))}; repair or remove these images"
         )
-    return array.astype(dtype, copy=False)
+    return array
 
 
 def network_input(images: Any, size: int) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | gaussian | scipy.fft | periodic low-pass exp(-2 (pi width f)^2); width tuned |
 | bm3d | bm3d (non-commercial licence) | nf = 16 (within 0.1 dB of 32, or better); profile, factor on sigma tuned |
-| ksvd | dictlearn (with numba) | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
+| ksvd | dictlearn | 16 px patches at step 1, 144 atoms learned from 5,000 noisy patches in 10 AK-SVD sweeps |
 | nlm | scikit-image | fast mode, patch 7 px, sigma known; distance in px and h in units of sigma tuned |
 | cwf | ASPIRE (GPL-3.0) | `DenoiserCov2D`: Fourier-Bessel basis, Frobenius shrinkage, covariance of noisy images |
 | rir | ASPIRE (GPL-3.0) | `RIRClass2D`: the mean of an image and of the 49 nearest by their bispectra, turned to it |

@@ -424,9 +424,11 @@ def denoise_images(
     device = next(model.parameters()).device
     was_training = model.training
     chosen = copy.deepcopy(model).train() if batch_statistics else model.eval()
+    if not isinstance(y, Tensor):
+        y = torch.from_numpy(np.ascontiguousarray(y, np.asarray(y).dtype.newbyteorder("=")))
     out = []
     with arithmetic(precision), autocast(device, precision):
-        for batch in torch.as_tensor(y).split(batch_size):
+        for batch in y.split(batch_size):
             out.append(chosen(batch.unsqueeze(1).to(device)).squeeze(1).to(batch.dtype).cpu())
     model.train(was_training)
     return torch.cat(out).numpy()

@@ -239,8 +239,8 @@ def finished(task: Run, settings: Settings, data: Path, out: Path, scores: Score
         return False
     card = read_json(path)
     wanted = configuration_of(task, settings, Dataset(data), torch.device("cpu"), scores)
-    wanted["code"] = card["code"] | {"source": wanted["code"]["source"]}
-    return all(card[name] == value for name, value in wanted.items())
+    wanted["code"] = card.get("code", {}) | {"source": wanted["code"]["source"]}
+    return all(card.get(name) == value for name, value in wanted.items())
 
 
 def state_of(scratch: Path, configuration: dict[str, Any]) -> Path:

@@ -125,6 +125,9 @@ def test_a_run_is_finished_where_its_generator_is_of_this_very_configuration(dat
         card.write_text(json.dumps(kept | {"code": kept["code"] | {name: other}}))
         assert runs.finished(task, SMALL, data, out, SCORES) is same
         card.write_text(json.dumps(kept))
+    card.write_text(json.dumps({"architecture": "resnet"}))  # of a network from elsewhere
+    assert not runs.finished(task, SMALL, data, out, SCORES)
+    card.write_text(json.dumps(kept))
     (out / task.folder / "generator.safetensors").unlink()
     assert not runs.finished(task, SMALL, data, out, SCORES)
 

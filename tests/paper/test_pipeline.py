@@ -138,7 +138,35 @@ def test_a_stage_tracks_the_sections_it_reads():
     for name, stage in RUNS.items():
         words = stage["cmd"].split()
         sections = {value for word, value in zip(words, words[1:]) if word == "-s"}
-        assert sections <= set(stage.get("params", [])), name
+        tracked = {*stage.get("params", []), *(name.partition(".")[0] for name in stage.get("params", []))}
+        assert sections <= tracked, name
+
+
+def makers(name: str) -> set[str]:
+    """The stages that make what a stage reads, or a part of it."""
+    reads = {Path(dep) for dep in STAGES[name].get("deps", [])}
+    made = {
+        other: [Path(out if isinstance(out, str) else next(iter(out))) for out in stage["outs"]]
+        for other, stage in STAGES.items()
+    }
+    return {
+        other
+        for other, outs in made.items()
+        if any(dep.is_relative_to(out) or out.is_relative_to(dep) for dep in reads for out in outs)
+    }
+
+
+def test_what_make_runs_side_by_side_is_the_pipeline_and_shares_nothing():
+    """Every stage but the first and the last, each after those that make what it reads, none of them beside it."""
+    makefile, done = (ROOT / "Makefile").read_text().replace("\\\n", " "), {"nbsrc"}
+    for phase in ("FIRST", "SECOND", "THIRD"):
+        words = re.search(rf"^{phase} := (.*)$", makefile, re.MULTILINE)[1]
+        lines = [line.split() for line in shlex.split(words)]
+        for line in lines:
+            for i, name in enumerate(line):
+                assert makers(name) <= {*done, *line[:i]}, name
+        done |= {name for line in lines for name in line}
+    assert done == {*STAGES} - {"claims"}
 
 
 @pytest.fixture(scope="session")
