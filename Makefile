@@ -5,16 +5,18 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # As `cryo run` has them: stages run several processes side by side, whose threads must not wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 export OPENBLAS_NUM_THREADS := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup scm repro gpu test bench topaz cryodrgn reliability book strip lab clean
 
 setup: $(VENV)/.ready
 
 # Packages several at a time, as pip unpacks on one core, the largest (torch) early; then what the lock does not name.
+# What is imported is compiled as it is imported, and kept.
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
-	grep == requirements.lock | sort -r | xargs -P 3 -n 29 $(VENV)/bin/pip install --quiet --no-deps
+	grep == requirements.lock | sort -r | xargs -P 3 -n 29 $(VENV)/bin/pip install --quiet --no-compile --no-deps
 	$(VENV)/bin/pip install --quiet -r requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

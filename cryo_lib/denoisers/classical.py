@@ -44,7 +44,7 @@ NEEDS = {  # least image side in px (a patch, or the basis, has to fit), module,
     "rir": (16, "aspire", "aspire"),  # for as many components as it is given
 }
 WIDTHS = np.geomspace(0.25, 64.0, 161)  # px, standard deviations tried by "gaussian"
-TUNING_PAIRS = 16  # training pairs, from the first on, that choose among SETTINGS
+TUNING_PAIRS = 24  # training pairs, from the first on, that choose among SETTINGS
 SETTINGS: dict[str, list[dict[str, Any]]] = {  # what they choose among; the first is that of a caller without pairs
     "bm3d": [{"profile": profile, "factor": factor} for profile in ("np", "vn") for factor in (1.0, 1.15, 1.3)],
     "nlm": [{"distance": distance, "h": h} for distance in (11, 3, 5, 7, 9, 15) for h in (0.8, 0.5, 1.2, 2.0)],
