@@ -17,7 +17,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 expected, got {v[0]}.{v[1]}: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv $(VENV)
 	grep == requirements.lock | sort -r | xargs -P 3 -n 29 $(VENV)/bin/pip install --quiet --no-compile --no-deps
-	$(VENV)/bin/pip install --quiet -r requirements.lock
+	$(VENV)/bin/pip check >/dev/null || $(VENV)/bin/pip install --quiet -r requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -29,7 +29,7 @@ scm: setup
 # side, each by a DVC that waits for the others' lock; then `dvc repro` makes what is left.
 SIDE_BY_SIDE := xargs -P 3 -I{} sh -c 'dvc --wait-for-lock repro --single-item {}'
 FIRST := 'structures projections' 'particles pairs'
-SECOND := 'train train_particles evaluate_particles denoise reconstruct_particles figure4 weights' \
+SECOND := 'train_particles evaluate_particles denoise reconstruct_particles figure4 weights train' \
   'posterior classes screening baselines'
 THIRD := 'evaluate table1 figure1 figure3a figure3eg evaluate_supplement scores lambda adversary architectures protocols \
   robustness answer' 'export reconstruct relion figure3bd figure3hj' 'assign conformations criteria junk noises figure2 figure5'

@@ -156,8 +156,8 @@ def makers(name: str) -> set[str]:
     }
 
 
-def test_what_make_runs_side_by_side_is_the_pipeline_and_shares_nothing():
-    """Every stage but the first and the last, each after those that make what it reads, none of them beside it."""
+def test_what_make_runs_side_by_side_shares_nothing():
+    """Stages of the pipeline, each after those that make what it reads, none of them beside it; `dvc repro` ends it."""
     makefile, done = (ROOT / "Makefile").read_text().replace("\\\n", " "), {"nbsrc"}
     for phase in ("FIRST", "SECOND", "THIRD"):
         words = re.search(rf"^{phase} := (.*)$", makefile, re.MULTILINE)[1]
@@ -166,7 +166,7 @@ def test_what_make_runs_side_by_side_is_the_pipeline_and_shares_nothing():
             for i, name in enumerate(line):
                 assert makers(name) <= {*done, *line[:i]}, name
         done |= {name for line in lines for name in line}
-    assert done == {*STAGES} - {"claims"}
+    assert done < {*STAGES} and makefile.index("$(THIRD) |") < makefile.index("\n\tdvc repro\n")
 
 
 @pytest.fixture(scope="session")
