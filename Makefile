@@ -26,7 +26,7 @@ scm: setup
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 
 # DVC makes one stage at a time, most of which keep one core busy. Here lines of stages that share no file go side by
-# side, each by a DVC that waits for the others' lock; then `dvc repro` makes what is left.
+# side, each by a DVC that waits for the others' lock; then `dvc repro` makes what is left, or says why it cannot.
 SIDE_BY_SIDE := xargs -P 3 -I{} sh -c 'dvc --wait-for-lock repro --single-item {}'
 FIRST := 'structures projections' 'particles pairs'
 SECOND := 'train_particles evaluate_particles denoise reconstruct_particles figure4 weights train' \
@@ -38,9 +38,8 @@ repro: scm
 	@python -m cryo_lib.paper.experiments
 	@python -m cryo_lib.paper.machine
 	@dvc repro nbsrc
-	@printf '%s\n' $(FIRST) | $(SIDE_BY_SIDE)
-	@printf '%s\n' $(SECOND) | $(SIDE_BY_SIDE)
-	@printf '%s\n' $(THIRD) | $(SIDE_BY_SIDE)
+	@printf '%s\n' $(FIRST) | $(SIDE_BY_SIDE) && printf '%s\n' $(SECOND) | $(SIDE_BY_SIDE) && \
+	  printf '%s\n' $(THIRD) | $(SIDE_BY_SIDE) || true
 	dvc repro
 	@python -m cryo_lib.paper.report
 	@cryo report
