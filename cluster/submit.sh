@@ -4,8 +4,9 @@
 #     cluster/submit.sh [STUDY...]
 #
 # Makes the data here (the login node has the network), submits the trainings that are not finished, and then a job that
-# records them in DVC and, where no study was named, makes every table and figure. Of studies that are not all of a stage
-# nothing is recorded until the others are there. Submit again after a failure: only what is missing runs. GRES= for a cluster without GPUs; further options of sbatch from its SBATCH_... variables (SBATCH_PARTITION).
+# records them in DVC and, where no study was named, makes every table and figure. Studies that are not all of a stage are
+# recorded once the others are there too. Submit again after a failure: only what is missing runs. GRES= for a cluster
+# without GPUs; further options of sbatch from its SBATCH_... variables (SBATCH_PARTITION).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -32,7 +32,6 @@ from cryo_lib.paper.experiments import DATASETS, grid, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset
 
 NOTEBOOK, SCRATCH = Path("notebooks/03_train_networks.ipynb"), Path(".scratch")
-STAGES = {"rnap": "train", "ribosome": "train_particles"}  # of training, by the data set
 
 
 def tasks(params: dict[str, Any]) -> list[tuple[str, Run]]:
@@ -154,8 +153,8 @@ def train(params: dict[str, Any], index: int) -> Path:
 def stages(params: dict[str, Any], studies: list[str]) -> dict[str, str]:
     """The stages of training all of whose studies are named, or all where none is, and the data set of each."""
     named = {name for name, _ in chosen(params, studies).values()}
-    asked = {dataset: {name for name, s in params["study"].items() if s["dataset"] == dataset} for dataset in STAGES}
-    return {f"{STAGES[dataset]}@{params['scale']}": dataset for dataset, whole in asked.items() if whole <= named}
+    whole = {dataset: {name for name, s in params["study"].items() if s["dataset"] == dataset} for dataset in DATASETS}
+    return {f"{DATASETS[d][1]}@{params['scale']}": d for d, studies in whole.items() if studies <= named}
 
 
 def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
@@ -169,7 +168,7 @@ def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
     """
     wanted, made = chosen(params, studies), stages(params, studies)
     if not made:
-        whole = "; ".join(", ".join(n for n, s in params["study"].items() if s["dataset"] == d) for d in STAGES)
+        whole = "; ".join(", ".join(n for n, s in params["study"].items() if s["dataset"] == d) for d in DATASETS)
         problem = f"expected all that a stage trains ({whole}), got {', '.join(studies)}"
         raise ValueError(f"studies: {problem}; name them all")
     if missing := [i for i, task in wanted.items() if not finished(params, *task)]:
@@ -190,7 +189,7 @@ def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
 
 def made_by(params: dict[str, Any], name: str) -> str:
     """The stage that makes what a study trains on."""
-    return DATASETS[params["study"][name]["dataset"]]
+    return DATASETS[params["study"][name]["dataset"]][0]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,8 @@ KEYS = {*"scale structure data baselines posterior classes screening studies sup
 KEYS |= {*"particle_studies kinds study train export reconstruct relion assign particles pairs denoise".split()}
 KEYS |= {*"junk noises weights".split()}
 GRID = ("methods", "experiments", "seeds", "variants")
-DATASETS = {"rnap": "projections", "ribosome": "pairs"}  # what studies train on, and the stage that makes it
+# What studies train on: the stage that makes it, and that which trains on it.
+DATASETS = {"rnap": ("projections", "train"), "ribosome": ("pairs", "train_particles")}
 
 
 def grid(study: dict[str, Any]) -> list[Run]:

@@ -19,7 +19,7 @@ from cryo_lib.evaluate import metrics
 from cryo_lib.networks import models
 from cryo_lib.networks.runs import Run
 from cryo_lib.paper import cluster, machine, trained
-from cryo_lib.paper.experiments import grid, jobs, of_dataset, read_scale, settings_of
+from cryo_lib.paper.experiments import DATASETS, grid, jobs, of_dataset, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset, Experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_every_training_is_one_task_and_has_the_parameters_that_its_stage_passes
     params = read_scale(path)
     everything = cluster.tasks(params)
     assert everything == [(name, run) for name, study in params["study"].items() for run in grid(study)]
-    for dataset, stage in cluster.STAGES.items():
+    for dataset, (_, stage) in DATASETS.items():
         words, expected = STAGES[stage]["cmd"].replace("${item.scale}", params["scale"]).split(), {}
         for word, value in zip(words, words[1:]):
             if word == "-s":

@@ -88,6 +88,7 @@ def test_noise_refuses_bad_input(clean):
         ((clean, np.nan, 1), "snr: expected a finite"),
         ((constant, 0.1, 1), "x: expected images that vary, got 1 constant of 60, the first is image 5"),
         ((broken, 0.1, 1), "x: expected finite pixels.*the first is image 3"),
+        ((1e39 * (constant == 0.1), 0.1, 1), "x: expected finite pixels.*in 1 of 60 images, the first is image 5"),
         ((clean, 0.1, 1, "poisson"), "protocol: expected one of awgn, clipped, got 'poisson'"),
     ]:
         with pytest.raises(ValueError, match=message):
