@@ -442,8 +442,8 @@ def test_another_stack_is_paired_trained_on_and_denoised_by_the_readmes_commands
     numbers = [("image_size", 32), ("pixel_size", 12.8), ("n_train", 60), ("n_val", 4), ("n_test", 4)]
     options = [word for name, value in numbers for word in ("-p", name, str(value))]
     pairs = ("-p", "dataset", "mine", "-p", "particles", "my.star", "-p", "map_file", "my.mrc", *options)
-    train = "-p dataset mine -p study mine -p methods [l1_ae] -p experiments [measured-none]".split()
-    train += ["-p", "settings", "{width: 2, epochs: 1}"]
+    study = "{mine: {methods: [l1_ae], experiments: [measured-none], changes: {width: 2}}}"
+    train = ["-p", "dataset", "mine", "-p", "study", study, "-p", "settings", "{epochs: 1}"]
     checkpoint = "runs/ci/mine/l1_ae/measured-none/seed0/generator.safetensors"
     denoise = ["-p", "particles", "my.star", "-p", "checkpoint", checkpoint, "-p", "out", "out/my.star"]
     for name, arguments in (("10", pairs), ("03", train)):
