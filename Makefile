@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # As `cryo run` has them: stages run several processes side by side, whose threads must not wait for each other.
 export OMP_WAIT_POLICY := PASSIVE
 export OPENBLAS_NUM_THREADS := 1
-unexport PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE  # packages are installed without
 
 .PHONY: setup scm repro gpu test bench topaz cryodrgn reliability book strip lab clean
 
@@ -31,8 +31,9 @@ SIDE_BY_SIDE := xargs -P 3 -I{} sh -c 'dvc --wait-for-lock repro --single-item {
 FIRST := 'structures projections' 'particles pairs'
 SECOND := 'train_particles evaluate_particles denoise reconstruct_particles figure4 weights train' \
   'posterior classes screening baselines'
-THIRD := 'evaluate table1 figure1 figure3a figure3eg evaluate_supplement scores lambda adversary architectures protocols \
-  robustness answer' 'export reconstruct relion figure3bd figure3hj' 'assign conformations criteria junk noises figure2 figure5'
+THIRD := 'evaluate table1 figure1 figure3a figure3eg evaluate_supplement scores lambda adversary architectures \
+  protocols robustness answer' 'export reconstruct relion figure3bd figure3hj' \
+  'assign conformations criteria junk noises figure2 figure5'
 
 repro: scm
 	@python -m cryo_lib.paper.experiments

@@ -28,7 +28,7 @@ from cryo_lib.files import cores
 from cryo_lib.networks import models, parallel, runs
 from cryo_lib.networks.runs import Run
 from cryo_lib.paper import notebooks
-from cryo_lib.paper.experiments import DATASETS, grid, read_scale, settings_of
+from cryo_lib.paper.experiments import DATASETS, grid, of_dataset, read_scale, settings_of
 from cryo_lib.stacks.dataset import Dataset
 
 NOTEBOOK, SCRATCH = Path("notebooks/03_train_networks.ipynb"), Path(".scratch")
@@ -153,8 +153,8 @@ def train(params: dict[str, Any], index: int) -> Path:
 def stages(params: dict[str, Any], studies: list[str]) -> dict[str, str]:
     """The stages of training all of whose studies are named, or all where none is, and the data set of each."""
     named = {name for name, _ in chosen(params, studies).values()}
-    whole = {dataset: {name for name, s in params["study"].items() if s["dataset"] == dataset} for dataset in DATASETS}
-    return {f"{DATASETS[d][1]}@{params['scale']}": d for d, studies in whole.items() if studies <= named}
+    whole = [dataset for dataset in DATASETS if of_dataset(params["study"], dataset).keys() <= named]
+    return {f"{DATASETS[dataset][1]}@{params['scale']}": dataset for dataset in whole}
 
 
 def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
@@ -168,7 +168,7 @@ def collect(params: dict[str, Any], studies: list[str]) -> list[str]:
     """
     wanted, made = chosen(params, studies), stages(params, studies)
     if not made:
-        whole = "; ".join(", ".join(n for n, s in params["study"].items() if s["dataset"] == d) for d in DATASETS)
+        whole = "; ".join(", ".join(of_dataset(params["study"], dataset)) for dataset in DATASETS)
         problem = f"expected all that a stage trains ({whole}), got {', '.join(studies)}"
         raise ValueError(f"studies: {problem}; name them all")
     if missing := [i for i, task in wanted.items() if not finished(params, *task)]:

@@ -29,10 +29,19 @@ def grid(study: dict[str, Any]) -> list[Run]:
 
 
 def settings_of(params: dict[str, Any], name: str, run: Run) -> Settings:
-    """The settings of one training of a study: the scale's, changed by the study and then by the run's variant."""
+    """The settings of one training of a study: the scale's, changed by the study and then by the run's variant.
+
+    ValueError for a variant that the study has not, or that is no change of settings.
+    """
     study = params["study"][name]
-    settings = varied(varied(Settings(), params["train"]["settings"]), study["changes"])
-    return varied(settings, study["variants"].get(run.variant, {}))
+    settings, variants = varied(varied(Settings(), params["train"]["settings"]), study["changes"]), study["variants"]
+    if run.variant not in ("", *variants):
+        named = f"variant {run.variant!r}: expected its changes of settings in `variants`"
+        raise ValueError(f"{named}, which has {list(variants) or 'none'}")
+    try:
+        return varied(settings, variants.get(run.variant, {}))
+    except ValueError as error:
+        raise ValueError(f"variants: {error}") from error
 
 
 def of_dataset(study: dict[str, Any], dataset: str) -> dict[str, Any]:

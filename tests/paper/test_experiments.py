@@ -158,6 +158,21 @@ def test_scales_have_equal_keys(path):
     assert list(experiments.differing_keys(read_scale(path), read_scale(ROOT / "scales" / "laptop.yaml"))) == []
 
 
+@pytest.mark.parametrize(
+    "variants, message",
+    [
+        ({}, "variant 'lam_0': expected its changes of settings in `variants`, which has none"),
+        ({"lam_0": {"lambda": 0.0}}, "variants: settings: lambda: unknown"),
+        ({"lam_0": {"lam": -1.0}}, "variants: settings: lam: expected a number greater than or equal to 0, got -1.0"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(variants, message):
+    params = read_scale(ROOT / "scales" / "ci.yaml")
+    params["study"]["table1"]["variants"] = variants
+    with pytest.raises(ValueError, match=message):
+        settings_of(params, "table1", Run("l1_ae", "awgn-0.1-none", 0, "lam_0"))
+
+
 def test_params_is_the_laptop_scale_byte_for_byte():
     assert (ROOT / "params.yaml").read_bytes() == (ROOT / "scales" / "laptop.yaml").read_bytes()
 

@@ -25,7 +25,7 @@ from cryo_lib.denoisers.summing import noise_level
 from cryo_lib.evaluate import reconstruction
 from cryo_lib.networks import models
 from cryo_lib.paper import cluster, notebooks, report
-from cryo_lib.paper.experiments import read_scale
+from cryo_lib.paper.experiments import of_dataset, read_scale
 from cryo_lib.simulate import noise, projection
 from cryo_lib.stacks import particles
 from cryo_lib.stacks.dataset import SPLITS, Dataset, Experiment
@@ -138,7 +138,11 @@ def test_a_stage_tracks_the_sections_it_reads():
     for name, stage in RUNS.items():
         words = stage["cmd"].split()
         sections = {value for word, value in zip(words, words[1:]) if word == "-s"}
-        tracked = {*stage.get("params", []), *(name.partition(".")[0] for name in stage.get("params", []))}
+        tracked = {*stage.get("params", [])}
+        if "study" in sections - tracked:  # or each of those on its data set
+            studies = read_scale(ROOT / "params.yaml")["study"]
+            sections |= {f"study.{each}" for each in of_dataset(studies, words[words.index("dataset") + 1])}
+            sections.remove("study")
         assert sections <= tracked, name
 
 
